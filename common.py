@@ -1,0 +1,817 @@
+"""What the scripts share: files, networks, data, augmentation, training, evaluation, masks.
+
+Copy this file together with one script; nothing else is needed. Importing it does nothing.
+The vocabulary, used by every script:
+
+    split     images [N, C, H, W] and labels [N], in memory on the training device
+    mask      {parameter name: bool tensor}, True = the weight survives
+    state     a state dict: parameters and buffers
+    sparsity  the fraction of prunable weights removed
+    config    a flat dict of plain values, saved with every result
+
+Prunable are the weights of every Conv2d and Linear, first and last layer included. "Paper" is
+"On Synthetic Data and Iterative Magnitude Pruning: a Linear Mode Connectivity Study", "IDC" is
+Kim et al. 2022, whose augmentation and distilled data the paper uses.
+"""
+import functools
+import hashlib
+import importlib
+import io
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+MASK_FORMAT = "lottery-mask-1"
+
+#############################################
+#             Errors and files              #
+#############################################
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one clear line on stderr, exit code 2."""
+
+
+def run(main):
+    """Call a script's main() and turn a UserError into exit code 2, Ctrl-C into 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from the last finished step", file=sys.stderr)
+        sys.exit(130)
+
+
+def write_atomically(path, content):
+    """Write bytes to `path` so that a reader, or a power cut, sees the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def save(path, value):
+    """Save `value` atomically in the format of the suffix: .json, .npz (a dict), .png (a figure) or .pt."""
+    buffer = io.BytesIO()
+    suffix = Path(path).suffix
+    if suffix == ".json":
+        buffer.write(json.dumps(value, indent=2).encode() + b"\n")
+    elif suffix == ".npz":
+        np.savez_compressed(buffer, **value)
+    elif suffix == ".png":
+        value.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    else:
+        torch.save(value, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(path, device="cpu"):
+    """Read a .pt, .json or .npz file. No code in it is ever run. UserError when missing or damaged."""
+    path = Path(path)
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                return {name: arrays[name] for name in arrays}
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # torch.load and np.load raise almost any type on a damaged file
+        reason = str(error).strip().split("\n")[0][:100]
+        raise UserError(f"{path}: damaged, or not a {path.suffix or '.pt'} file of plain tensors ({reason})") from None
+
+
+def random_stream(seed, *purpose):
+    """A CPU generator for one purpose, e.g. random_stream(3, "order", round).
+
+    Streams of different purposes are independent, so a resumed round draws what it would have drawn.
+    """
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@functools.cache
+def compiled_ops():
+    """The compiled kernels, or None for plain PyTorch. ops.py chooses once and says so."""
+    try:
+        import ops
+    except ModuleNotFoundError:  # a script and common.py were copied alone
+        return None
+    return ops if ops.load() else None
+
+
+#############################################
+#                 Networks                  #
+#############################################
+
+
+def norm_layer(kind, channels):
+    """`instance` is GroupNorm with one channel a group: instance norm with affine (paper's code)."""
+    if kind == "none":
+        return nn.Identity()
+    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(channels, channels)
+
+
+def first_padding(image_size):
+    return 3 if image_size == 28 else 1  # pads MNIST's 28 pixels to 32, as IDC does
+
+
+class ConvNet3(nn.Sequential):
+    """Three blocks [conv3x3, norm, ReLU, average pool 2] and a linear layer (Gidaris & Komodakis 2018)."""
+
+    def __init__(self, channels, image_size, num_classes, width=128, norm="instance"):
+        super().__init__()
+        size, padding = image_size, first_padding(image_size)
+        for i in (1, 2, 3):
+            self.add_module(f"conv{i}", nn.Conv2d(channels, width, 3, padding=padding))
+            self.add_module(f"norm{i}", norm_layer(norm, width))
+            self.add_module(f"relu{i}", nn.ReLU())
+            self.add_module(f"pool{i}", nn.AvgPool2d(2))
+            size, channels, padding = (size + 2 * padding - 2) // 2, width, 1
+        self.add_module("flatten", nn.Flatten())
+        self.add_module("linear", nn.Linear(width * size * size, num_classes))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016)."""
+
+    def __init__(self, channels, width, stride, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.norm1 = norm_layer(norm, width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = norm_layer(norm, width)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != width:
+            self.shortcut.add_module("conv", nn.Conv2d(channels, width, 1, stride, bias=False))
+            self.shortcut.add_module("norm", norm_layer(norm, width))
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
+        return self.relu2(y + self.shortcut(x))
+
+
+class ResNet(nn.Sequential):
+    """ResNet of basic blocks; 7x7/2 stem and max pooling above 64 pixels, else a 3x3 stem (paper's code)."""
+
+    def __init__(self, blocks, channels, image_size, num_classes, width, norm="batch"):
+        super().__init__()
+        large = image_size > 64
+        stem = dict(kernel_size=7, stride=2, padding=3) if large else dict(kernel_size=3, padding=first_padding(image_size))
+        self.conv1 = nn.Conv2d(channels, width, bias=False, **stem)
+        self.norm1 = norm_layer(norm, width)
+        self.relu1 = nn.ReLU()
+        if large:
+            self.pool1 = nn.MaxPool2d(3, 2, 1)
+        channels = width
+        for stage, count in enumerate(blocks):
+            out = width << stage
+            for i in range(count):
+                self.add_module(f"stage{stage + 1}_{i + 1}", BasicBlock(channels, out, 2 if stage and not i else 1, norm))
+                channels = out
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.linear = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels)))
+
+
+def build_network(config, seed=0):
+    """The network that `config` names (model, width, norm, channels, image_size, num_classes), drawn from `seed`.
+
+    A model `package.module:callable` is called with `num_classes=`. Raises UserError.
+    """
+    name, shape = config["model"], [config["channels"], config["image_size"], config["num_classes"]]
+    options = {key: config[key] for key in ("width", "norm") if config.get(key)}
+    blocks = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "convnet3":
+            return ConvNet3(*shape, **options)
+        if name in blocks:
+            return ResNet(blocks[name], *shape, **{"width": 64 if config["image_size"] > 64 else 32} | options)
+        module, _, attribute = name.partition(":")
+        if not attribute:
+            raise UserError(f"unknown model {name!r}: convnet3, resnet10, resnet18 or package.module:callable")
+        sys.path.insert(0, os.getcwd())
+        try:
+            return getattr(importlib.import_module(module), attribute)(num_classes=config["num_classes"])
+        except (ImportError, AttributeError, TypeError) as error:
+            raise UserError(f"cannot build model {name!r}: {error}") from error
+        finally:
+            sys.path.remove(os.getcwd())
+
+
+def prunable(model):
+    """{name: weight parameter} of every Conv2d and Linear, in the network's order."""
+    return {f"{name}.weight" if name else "weight": module.weight
+            for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+
+
+#############################################
+#                   Data                    #
+#############################################
+
+
+class Dataset(NamedTuple):
+    channels: int
+    image_size: int
+    num_classes: int
+    mean: tuple
+    std: tuple
+    flip: bool = True
+
+
+CIFAR = (.4914, .4822, .4465), (.2023, .1994, .2010)  # IDC's values
+DATASETS = {
+    "cifar10": Dataset(3, 32, 10, *CIFAR),
+    "cifar100": Dataset(3, 32, 100, *CIFAR),
+    "svhn": Dataset(3, 32, 10, (.4377, .4438, .4728), (.1980, .2010, .1970), flip=False),
+    "mnist": Dataset(1, 28, 10, (.1307,), (.3081,), flip=False),
+    "fashion": Dataset(1, 28, 10, (.2861,), (.3530,)),
+    "imagenet10": Dataset(3, 224, 10, (.485, .456, .406), (.229, .224, .225)),
+    "digits": Dataset(1, 8, 10, (.3063,), (.3769,), flip=False),
+}
+IMAGENET10 = ("n02869837 n01749939 n02488291 n02107142 n13037406 "
+              "n02091831 n04517823 n04589890 n03062245 n01773797").split()
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images [N, C, H, W] (uint8, or float that is already normalised) and labels [N] on one device."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    mean: tuple = ()
+    std: tuple = ()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, index):
+        """Normalised float32 images and labels of `index` (a tensor or a slice)."""
+        index = index.to(self.labels.device) if torch.is_tensor(index) else index
+        images, labels = self.images[index], self.labels[index]
+        if images.dtype != torch.uint8:
+            return images, labels
+        mean, std = (images.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
+        return images.float().sub_(mean * 255).div_(std * 255), labels
+
+    def subset(self, index):
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+
+def load_real(config, data_dir, device="cpu"):
+    """(train, test) splits of config["dataset"]; fills in the config's channels, image_size, num_classes, flip.
+
+    Looked for in order: <data_dir>/<dataset>/{train,test}.npz (images uint8 NHWC, labels), class folders
+    <dataset>/{train,val or test}/<class>/*, torchvision's download. A dataset may also be a path.
+    config["train_images"] keeps a fixed random subset of the training images. Raises UserError.
+    """
+    name = config["dataset"]
+    known = DATASETS.get(name)
+    places = [Path(data_dir) / name, HERE / "data" / name] if known else [Path(name)]
+    arrays = None
+    for place in places:
+        if (place / "train.npz").exists() and (place / "test.npz").exists():
+            arrays = [read_npz(place / f"{part}.npz") for part in ("train", "test")]
+        elif (place / "train").is_dir():
+            size = config.get("image_size") or (known.image_size if known else 224)
+            held_out = place / ("val" if (place / "val").is_dir() else "test")
+            wanted = IMAGENET10 if name == "imagenet10" else None
+            arrays = [read_class_folders(folder, size, wanted)[:2] for folder in (place / "train", held_out)]
+        if arrays:
+            break
+    else:
+        if not known:
+            raise UserError(f"unknown dataset {name!r}: not one of {', '.join(DATASETS)}, and no folder holding "
+                            "{train,test}.npz or {train,val}/<class>/ images; --dataset digits needs no download")
+        arrays = download(name, Path(data_dir))
+    images = torch.from_numpy(arrays[0][0])
+    channels, size = images.shape[1], images.shape[2]
+    if known and (channels, size) != (known.channels, config.get("image_size") or known.image_size):
+        raise UserError(f"{place}: images are {channels} x {size} x {images.shape[3]}, "
+                        f"{name} has {known.channels} x {known.image_size} x {known.image_size}")
+    if not known:  # statistics of the training images themselves
+        pixels = images[:10_000].double() / 255
+        known = Dataset(channels, size, int(arrays[0][1].max()) + 1, tuple(pixels.mean((0, 2, 3)).tolist()),
+                        tuple(pixels.std((0, 2, 3)).clamp(min=1e-3).tolist()))
+    config.update(channels=channels, image_size=size, num_classes=known.num_classes, flip=known.flip)
+    train, test = (Split(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), known.mean, known.std)
+                   for x, y in arrays)
+    wanted = config.get("train_images") or len(train)
+    if wanted < len(train):  # the same images for every seed and script
+        train = train.subset(torch.randperm(len(train), generator=random_stream(0, "subset"))[:wanted].sort()[0])
+    return train, test
+
+
+def read_npz(path):
+    arrays = load(path)
+    images, labels = arrays.get("images"), arrays.get("labels")
+    if images is None or labels is None or images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
+        raise UserError(f"{path}: needs `images` (uint8, N x H x W x C) and `labels` (N), has {sorted(arrays)}")
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
+
+
+def read_class_folders(folder, size, wanted=None):
+    """Images uint8 [N, C, size, size], labels [N] and class names of <folder>/<class>/*.png|jpg, classes in
+    natural order. The shorter side is resized to `size`, the centre is cut out; all-grey images give one channel."""
+    classes = sorted((p.name for p in folder.iterdir() if p.is_dir()), key=lambda c: (0, int(c), c) if c.isdigit() else (1, 0, c))
+    classes = [c for c in wanted if c in classes] if wanted else classes
+    files = [(file, label) for label, c in enumerate(classes) for file in sorted((folder / c).iterdir())
+             if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise UserError(f"{folder}: no PNG or JPEG images in class folders")
+    pictures = []
+    for file, _ in tqdm(files, desc=f"decoding {folder.name}", disable=None, delay=1, leave=False):
+        try:
+            with Image.open(file) as picture:
+                pictures.append(np.asarray(fit(picture.convert("L" if picture.mode in ("L", "1", "I;16") else "RGB"), size)))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{file}: not a readable image ({error})") from error
+    if len({p.ndim for p in pictures}) > 1:  # grey files among coloured ones
+        pictures = [p if p.ndim == 3 else np.stack([p] * 3, -1) for p in pictures]
+    images = np.stack(pictures).reshape(len(files), size, size, -1).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(images), np.array([label for _, label in files]), classes
+
+
+def fit(picture, size):
+    if picture.size == (size, size):
+        return picture
+    scale = size / min(picture.size)
+    picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.BILINEAR)
+    left, top = ((side - size) // 2 for side in picture.size)
+    return picture.crop((left, top, left + size, top + size))
+
+
+def download(name, data_dir):
+    """Images and labels through torchvision, which checks its checksums."""
+    from torchvision import datasets
+
+    makers = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "mnist": datasets.MNIST,
+              "fashion": datasets.FashionMNIST, "svhn": datasets.SVHN}
+    searched = f"{name} not found in {data_dir / name}"
+    if name not in makers:
+        raise UserError(f"{searched}; put {{train,test}}.npz or {{train,val}}/<class>/ there, or use --dataset digits")
+    arrays = []
+    for train in (True, False):
+        try:
+            part = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
+            data = makers[name](str(data_dir / name), download=True, **part)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{searched}, and the download failed ({str(error)[:80]}); "
+                            "give --data-dir, or use --dataset digits, which is embedded") from error
+        images, labels = np.asarray(data.data), np.asarray(data.labels if name == "svhn" else data.targets)
+        if images.ndim == 3:
+            images = images[:, None]
+        elif name != "svhn":
+            images = images.transpose(0, 3, 1, 2)
+        arrays.append((np.ascontiguousarray(images), labels.astype(np.int64)))
+    return arrays
+
+
+#############################################
+#              Distilled data               #
+#############################################
+
+
+def load_distilled(path, dataset, ipc, factor=None, device="cpu"):
+    """The distilled split of `ipc` stored images a class, decoded to ipc * factor**2, normalised for `dataset`.
+
+    Formats, told apart by structure: EDC/IDC `[images, labels]` in [0, 1]; DSA/DC/DM `{"data": [..., [images,
+    labels]]}`, KIP `[images NHWC, ...]` and MTT images_best.pt + labels_best.pt, all three already normalised;
+    class folders of PNG; one PNG contact sheet (a row a class). Without `path`, the embedded set. Without
+    `factor`, that of the config.json beside the file, else 1. `dataset` is a Dataset. Raises UserError.
+    """
+    images, labels, raw = read_distilled(Path(path), dataset, ipc)
+    settings = next((f for f in (Path(path).with_suffix(".json"), Path(path).parent / "config.json") if f.exists()), None)
+    factor = factor or (load(settings).get("factor", 1) if settings and not Path(path).is_dir() else 1)
+    shape = (dataset.channels, dataset.image_size, dataset.image_size)
+    if images.shape[1:] != shape:
+        raise UserError(f"{path}: images are {' x '.join(map(str, images.shape[1:]))}, the dataset's {' x '.join(map(str, shape))}")
+    labels = labels.long()
+    counts = torch.bincount(labels, minlength=dataset.num_classes).tolist()
+    if counts != [ipc] * dataset.num_classes:
+        held = f"{len(counts)} classes of {min(counts)} to {max(counts)} images"
+        raise UserError(f"{path}: holds {held}, expected {dataset.num_classes} classes of --ipc {ipc}")
+    if not images.isfinite().all():
+        raise UserError(f"{path}: holds values that are not finite")
+    if raw:
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
+        images = (images - mean) / std
+    elif .4 < images.std() < .75:
+        print(f"warning: {path}: standard deviation {images.std():.2f} looks ZCA-whitened; such a set trains badly "
+              "unless real data is whitened too", file=sys.stderr)
+    order = labels.argsort(stable=True)
+    blank = ((.5 - torch.tensor(dataset.mean)) / torch.tensor(dataset.std)).view(-1, 1, 1)
+    images, labels = decode_tiles(images[order], labels[order], factor, blank)
+    return Split(images.to(device), labels.to(device))
+
+
+def read_distilled(path, dataset, ipc):
+    """(images float [N, C, H, W], labels [N], whether values are raw, in [0, 1]) of any known format."""
+    if path.is_dir() and not (path / "images_best.pt").exists():
+        images, labels, classes = read_class_folders(path, dataset.image_size)
+        return torch.from_numpy(images).float() / 255, torch.from_numpy(labels), True
+    if path.suffix == ".png":
+        return *read_contact_sheet(path, dataset, ipc), True
+    if path.is_dir() or path.name == "images_best.pt":
+        folder = path if path.is_dir() else path.parent
+        return load(folder / "images_best.pt").float(), load(folder / "labels_best.pt"), False
+    data = load(path)
+    if isinstance(data, dict) and "data" in data:
+        images, labels = data["data"][-1]
+        return images.float(), labels, False
+    if isinstance(data, (list, tuple)) and torch.is_tensor(data[0]) and data[0].ndim == 4:
+        if data[0].shape[1] != dataset.channels and data[0].shape[3] == dataset.channels:
+            classes = torch.arange(dataset.num_classes)
+            return data[0].permute(0, 3, 1, 2).float(), classes.repeat_interleave(len(data[0]) // dataset.num_classes), False
+        if len(data) == 2 and torch.is_tensor(data[1]) and data[1].shape == data[0].shape[:1]:
+            return data[0].float(), data[1], True
+    raise UserError(f"{path}: not a distilled set of a known format (EDC, DSA/DC/DM, KIP, MTT, PNG class folders or sheet)")
+
+
+def read_contact_sheet(path, dataset, ipc):
+    """Images [classes * ipc, C, H, W] in [0, 1] and labels of a PNG with a row a class and a column an image."""
+    size, rows = dataset.image_size, dataset.num_classes
+    try:
+        sheet = np.asarray(Image.open(path).convert("L" if dataset.channels == 1 else "RGB"))
+    except OSError as error:
+        raise UserError(f"{path}: not a readable image ({error})") from error
+    if sheet.shape[:2] != (rows * size, ipc * size):
+        raise UserError(f"{path}: {sheet.shape[1]} x {sheet.shape[0]} pixels, expected {rows} rows of --ipc {ipc} images of {size} pixels")
+    tiles = torch.from_numpy(sheet.copy()).reshape(rows, size, ipc, size, -1).permute(0, 2, 4, 1, 3)
+    return tiles.reshape(rows * ipc, -1, size, size).float() / 255, torch.arange(rows).repeat_interleave(ipc)
+
+
+def embedded_distilled(name, ipc):
+    """Path of the distilled set that comes with the project. Raises UserError when there is none."""
+    path = HERE / "data" / "distilled" / f"{name}_ipc{ipc}.png"
+    if not path.exists():
+        embedded = ", ".join(sorted(p.stem for p in path.parent.glob("*.png"))) or "none"
+        raise UserError(f"no distilled set of {name} with ipc {ipc} is embedded (there are: {embedded}); "
+                        f"make one: python distill.py --dataset {name} --ipc {ipc}; or give --distilled PATH")
+    return path
+
+
+def decode_tiles(images, labels, factor, blank=0.5):
+    """IDC's multi-formation: each image holds factor x factor tiles, cut row by row, resized bilinearly to full size.
+
+    images [N, C, H, W] sorted by class -> [N * factor**2, C, H, W], sorted by class; differentiable. Sizes that
+    factor does not divide are padded at the bottom and right with `blank` (0.5 grey in raw values).
+    """
+    if factor == 1:
+        return images, labels
+    n, channels, size, _ = images.shape
+    tile = math.ceil(size / factor)
+    canvas = (torch.zeros(n, channels, tile * factor, tile * factor) + blank).to(images)
+    canvas[:, :, :size, :size] = images
+    tiles = canvas.reshape(n, channels, factor, tile, factor, tile).permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
+    tiles = F.interpolate(tiles, size=(size, size), mode="bilinear", align_corners=False)
+    labels = labels.repeat(factor * factor)
+    order = labels.argsort(stable=True)
+    return tiles[order], labels[order]
+
+
+#############################################
+#               Augmentation                #
+#############################################
+
+
+class Draw(NamedTuple):
+    """One draw of differentiable siamese augmentation, shared by a batch (or by a real and a synthetic one)."""
+
+    flip: bool
+    brightness: float
+    saturation: float
+    contrast: float
+    geometry: str
+    x: float  # two numbers in [-1, 1] that the geometry reads
+    y: float
+
+
+def draw_dsa(generator, flip=True):
+    """Draw DSA (Zhao & Bilen 2021): flip and colour always, one of crop, scale and rotate."""
+    u = torch.rand(7, generator=generator).tolist()
+    return Draw(flip and u[0] < .5, u[1] - .5, 2 * u[2], .5 + u[3], ("crop", "scale", "rotate")[int(3 * u[4])],
+                2 * u[5] - 1, 2 * u[6] - 1)
+
+
+def dsa(images, draw):
+    """Apply `draw` to normalised images [N, C, H, W], differentiably. Ranges: IDC's (crop 12.5%, scale 1.2, 15 degrees)."""
+    images = (images.flip(3) if draw.flip else images) + draw.brightness
+    grey = images.mean(1, keepdim=True)
+    images = torch.lerp(grey, images, draw.saturation) if images.shape[1] > 1 else images
+    centre = images.mean((1, 2, 3), keepdim=True)
+    images = torch.lerp(centre, images, draw.contrast)
+    size = images.shape[-1]
+    if draw.geometry == "crop":
+        pad = round(.125 * size)
+        dx, dy = (min(int((v + 1) / 2 * (2 * pad + 1)), 2 * pad) for v in (draw.x, draw.y))
+        return F.pad(images, [pad] * 4)[:, :, dy:dy + size, dx:dx + size]
+    if draw.geometry == "scale":
+        lowest, highest = 1 / 1.2, 1.2
+        sx, sy = (lowest + (v + 1) / 2 * (highest - lowest) for v in (draw.x, draw.y))
+        transform = [[sx, 0, 0], [0, sy, 0]]
+    else:
+        angle = math.radians(15) * draw.x
+        transform = [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]
+    grid = F.affine_grid(images.new_tensor([transform]).expand(len(images), 2, 3), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def imagenet_augment(images, generator):
+    """Random resized crop (area 0.5-1), flip, colour jitter 0.4 and lighting 0.1, drawn per image (IDC's ImageNet recipe)."""
+    n = len(images)
+    u = torch.rand(n, 7, generator=generator).to(images.device)
+    side = torch.sqrt(.5 + .5 * u[:, 0])
+    aspect = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3)).sqrt()
+    sx, sy = (side * aspect).clamp(max=1), (side / aspect).clamp(max=1)
+    transform = images.new_zeros(n, 2, 3)
+    transform[:, 0, 0], transform[:, 1, 1] = torch.where(u[:, 2] < .5, -sx, sx), sy
+    transform[:, 0, 2], transform[:, 1, 2] = (2 * u[:, 3] - 1) * (1 - sx), (2 * u[:, 4] - 1) * (1 - sy)
+    images = F.grid_sample(images, F.affine_grid(transform, images.shape, align_corners=False), align_corners=False)
+    jitter = .6 + .8 * torch.rand(n, 3, 1, 1, 1, generator=generator).to(images.device)
+    images = images * jitter[:, 0]
+    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, jitter[:, 1])
+    images = torch.lerp(images.mean(1, keepdim=True), images, jitter[:, 2])
+    if images.shape[1] != 3:
+        return images
+    # Principal axes of ImageNet's colours (Krizhevsky et al. 2012), in units of its standard deviation.
+    axes = images.new_tensor([[-.5675, .7192, .4009], [-.5808, -.0045, -.8140], [-.5836, -.6948, .4203]])
+    scale = images.new_tensor([.2175, .0188, .0045]) * .1 / .225
+    shift = (torch.randn(n, 3, generator=generator).to(images) * scale) @ axes.T
+    return images + shift[:, :, None, None]
+
+
+def cutmix(images, labels, generator):
+    """CutMix with beta = 1 (Yun et al. 2019): (images, labels of the pasted boxes, area fraction kept)."""
+    u, size = torch.rand(3, generator=generator).tolist(), images.shape[-1]
+    half = size * math.sqrt(1 - u[0]) / 2
+    (x0, x1), (y0, y1) = ([int(min(max(c * size + d, 0), size)) for d in (-half, half)] for c in u[1:])
+    other = torch.randperm(len(images), generator=generator).to(images.device)
+    images = images.clone()
+    images[:, :, y0:y1, x0:x1] = images[other][:, :, y0:y1, x0:x1]
+    return images, labels[other], 1 - (x1 - x0) * (y1 - y0) / size ** 2
+
+
+#############################################
+#          Training and evaluation          #
+#############################################
+
+
+class Recipe(NamedTuple):
+    """How a network is trained: SGD with momentum, learning rate times 0.2 at 2/3 and 5/6 of the epochs (paper's code)."""
+
+    epochs: int
+    lr: float = .01
+    momentum: float = .9
+    weight_decay: float = 5e-4
+    batch_size: int = 64
+    augment: str = "dsa"
+    cutmix: float = .5
+    flip: bool = True
+
+    def learning_rate(self, epoch):
+        return self.lr * .2 ** ((epoch >= 2 * self.epochs // 3) + (epoch >= 5 * self.epochs // 6))
+
+
+def recipe_of(config, epochs):
+    """The recipe that `config` holds, for a number of epochs."""
+    return Recipe(epochs, **{field: config[field] for field in Recipe._fields[1:]})
+
+
+@torch.no_grad()
+def masked_sgd_(params, grads, momenta, masks, lr, momentum=0., weight_decay=0.):
+    """One SGD step in place, equal to torch.optim.SGD followed by multiplying with the masks.
+
+    Lists of tensors of equal length; a mask is a bool tensor or None. A pruned weight and its momentum are
+    exactly 0 afterwards. The compiled op of the same name does this in one pass over memory.
+    """
+    grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    torch._foreach_mul_(momenta, momentum)
+    torch._foreach_add_(momenta, grads)
+    torch._foreach_add_(params, momenta, alpha=-lr)
+    for param, velocity, mask in zip(params, momenta, masks):
+        if mask is not None:
+            param.mul_(mask)
+            velocity.mul_(mask)
+
+
+class Trained(NamedTuple):
+    loss: float  # mean over the last epoch, on augmented batches
+    accuracy: float
+    points: int  # training images seen
+    momenta: list
+
+
+def train(model, split, recipe, generator, mask=None, span=None, momenta=None, progress=None):
+    """Train `model` in place on `split` and return Trained.
+
+    Weights outside `mask` are set to 0 and stay exactly 0. `span` = (first, last) runs only those epochs of the
+    recipe's schedule, with `momenta` carried over. `progress(epoch, loss, accuracy)` is called after each epoch.
+    Every random draw (order, augmentation) comes from `generator`. Raises UserError on a loss that is not finite.
+    """
+    ops = compiled_ops()
+    step_, network = (ops.masked_sgd_, ops.fused(model)) if ops else (masked_sgd_, model)
+    apply_mask(model, mask or {})
+    names, params = zip(*model.named_parameters())
+    masks = [mask.get(name) if mask else None for name in names]
+    momenta = momenta or [torch.zeros_like(p) for p in params]
+    first, last = span or (0, recipe.epochs)
+    loss, accuracy, points = math.nan, math.nan, 0
+    model.train()
+    for epoch in range(first, last):
+        lr = recipe.learning_rate(epoch)
+        losses, hits = [], 0
+        for index in torch.randperm(len(split), generator=generator).split(recipe.batch_size):
+            images, labels = split.batch(index)
+            if recipe.augment == "dsa":
+                images = dsa(images, draw_dsa(generator, recipe.flip))
+            elif recipe.augment == "imagenet":
+                images = imagenet_augment(images, generator)
+            pasted, kept = labels, 1.
+            if recipe.cutmix and torch.rand((), generator=generator) < recipe.cutmix:
+                images, pasted, kept = cutmix(images, labels, generator)
+            logits = network(images)
+            batch_loss = kept * F.cross_entropy(logits, labels)
+            if kept < 1:
+                batch_loss = batch_loss + (1 - kept) * F.cross_entropy(logits, pasted)
+            grads = torch.autograd.grad(batch_loss, params, allow_unused=True, materialize_grads=True)
+            step_(params, grads, momenta, masks, lr, recipe.momentum, recipe.weight_decay)
+            losses.append(batch_loss.detach())
+            hits += (logits.argmax(1) == labels).sum()
+        losses = torch.stack(losses).tolist()  # the only wait for a GPU in an epoch
+        broken = next((step for step, value in enumerate(losses) if not math.isfinite(value)), None)
+        if broken is not None:
+            raise UserError(f"the loss became {losses[broken]} at epoch {epoch}, step {broken}; try a lower --lr than {recipe.lr}")
+        loss, accuracy, points = sum(losses) / len(losses), float(hits) / len(split), points + len(split)
+        if progress:
+            progress(epoch, loss, accuracy)
+    return Trained(loss, accuracy, points, momenta)
+
+
+class Score(NamedTuple):
+    loss: float  # mean cross-entropy
+    accuracy: float
+    loss_error: float  # standard error of the mean loss over images
+
+
+@torch.no_grad()
+def evaluate(model, split, batch_size=500):
+    """Loss and accuracy on `split` without augmentation, in eval mode; sums in float64."""
+    ops = compiled_ops()
+    network = ops.fused(model) if ops else model
+    model.eval()
+    total = torch.zeros(3, dtype=torch.float64)
+    for start in range(0, len(split), batch_size):
+        images, labels = split.batch(slice(start, start + batch_size))
+        logits = network(images)
+        losses = F.cross_entropy(logits, labels, reduction="none").double()
+        total += torch.stack([losses.sum(), losses.square().sum(), (logits.argmax(1) == labels).sum().double()]).cpu()
+    return score(*total.tolist(), len(split))
+
+
+def score(loss_sum, loss_square_sum, correct, n):
+    """Score of `n` images from three sums over them."""
+    mean = loss_sum / n
+    variance = max(loss_square_sum / n - mean * mean, 0.) * n / max(n - 1, 1)
+    return Score(mean, correct / n, math.sqrt(variance / n))
+
+
+def combine(states, weights, mask=None):
+    """The weight-space point sum_m weights[m] * states[m], parameters and buffers, with `mask` applied."""
+    point = {}
+    for name, value in states[0].items():
+        if value.is_floating_point():
+            value = sum(w * state[name] for w, state in zip(weights, states))
+            value = value * mask[name] if mask and name in mask else value
+        point[name] = value
+    return point
+
+
+def refresh_batchnorm(model, split, batch_size=500):
+    """Re-estimate BatchNorm's running statistics as plain averages over one pass through `split`."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    kept = [m.momentum for m in norms]
+    try:
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # cumulative average
+        model.train()
+        with torch.no_grad():
+            for start in range(0, len(split), batch_size):
+                model(split.batch(slice(start, start + batch_size))[0])
+    finally:
+        for m, momentum in zip(norms, kept):
+            m.momentum = momentum
+        model.eval()
+
+
+def evaluate_points(model, states, coefficients, splits, mask=None, refresh=None, progress=None):
+    """Scores [K][len(splits)] of the K points combine(states, coefficients[k], mask), each on all `splits`.
+
+    `model` is scratch space: it ends at the last point. `refresh`, a split, re-estimates BatchNorm statistics at
+    every point; without it the statistics are combined like the weights. `progress()` is called after each point.
+    """
+    ops = compiled_ops()
+    if ops and not refresh and ops.can_batch(model):
+        return ops.evaluate_points(model, states, coefficients, splits, mask, progress)
+    scores = []
+    for weights in coefficients:
+        model.load_state_dict(combine(states, weights, mask))
+        if refresh:
+            refresh_batchnorm(model, refresh)
+        scores.append([evaluate(model, split) for split in splits])
+        if progress:
+            progress()
+    return scores
+
+
+#############################################
+#                   Masks                   #
+#############################################
+
+
+def dense_mask(model):
+    """The mask that keeps every prunable weight."""
+    return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable(model).items()}
+
+
+def sparsity(mask):
+    """Fraction of prunable weights removed."""
+    return 1 - sum(int(m.sum()) for m in mask.values()) / sum(m.numel() for m in mask.values())
+
+
+@torch.no_grad()
+def apply_mask(model, mask):
+    """Set the weights outside `mask` to 0."""
+    for name, kept in mask.items():
+        model.get_parameter(name).mul_(kept)
+
+
+def load_mask(path, config=None, device="cpu"):
+    """A mask file as prune.py writes it: a dict with round, sparsity, masks, init, config, results.
+
+    Also takes a torch.nn.utils.prune state dict (`weight_orig`, `weight_mask`); its tensors are matched to the
+    prunable weights of the network that `config` describes, in order. Raises UserError.
+    """
+    data = load(path, device)
+    if isinstance(data, dict) and data.get("format") == MASK_FORMAT:
+        missing = {"round", "masks", "init", "config"} - set(data)
+        if missing:
+            raise UserError(f"{path}: mask file without {', '.join(sorted(missing))}")
+    elif isinstance(data, dict) and any(str(key).endswith("weight_mask") for key in data):
+        if config is None:
+            raise UserError(f"{path}: a torch.nn.utils.prune state dict names no network; give --model and --dataset")
+        data = from_torch_prune(path, data, config)
+    else:
+        raise UserError(f"{path}: not a mask file of prune.py, nor a torch.nn.utils.prune state dict")
+    expected = {name: weight.shape for name, weight in prunable(build_network(data["config"])).items()}
+    if {name: m.shape for name, m in data["masks"].items()} != expected:
+        raise UserError(f"{path}: its masks do not fit its network {data['config']['model']}")
+    return data
+
+
+def from_torch_prune(path, state, config):
+    """A mask file's dict from `<name>_orig` and `<name>_mask` entries, matched to our names by order and shape."""
+    model = build_network(config, config.get("seed", 0))
+    found = [(state[key[:-5] + "_orig"], state[key].bool()) for key in state if key.endswith("weight_mask")]
+    names = list(prunable(model))
+    shapes = [tuple(weight.shape) for weight in prunable(model).values()]
+    if [tuple(m.shape) for _, m in found] != shapes:
+        raise UserError(f"{path}: {len(found)} masked weights that do not fit {config['model']} "
+                        f"(--model, --width and --dataset choose the network)")
+    init = model.state_dict()
+    init.update({name: weight for name, (weight, _) in zip(names, found)})
+    masks = {name: m for name, (_, m) in zip(names, found)}
+    return {"format": MASK_FORMAT, "round": 0, "sparsity": sparsity(masks), "masks": masks, "init": init,
+            "config": dict(config), "results": {}}
