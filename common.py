@@ -13,6 +13,7 @@ Prunable are the weights of every Conv2d and Linear, first and last layer includ
 "On Synthetic Data and Iterative Magnitude Pruning: a Linear Mode Connectivity Study", "IDC" is
 Kim et al. 2022, whose augmentation and distilled data the paper uses.
 """
+import argparse
 import functools
 import hashlib
 import importlib
@@ -54,6 +55,23 @@ def run(main):
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from the last finished step", file=sys.stderr)
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """Help made of the script's docstring; a wrong flag is one line, like every other mistake."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def positive(text):
+    """argparse type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def write_atomically(path, content):
@@ -604,7 +622,7 @@ class Recipe(NamedTuple):
 
 def recipe_of(config, epochs):
     """The recipe that `config` holds, for a number of epochs."""
-    return Recipe(epochs, **{field: config[field] for field in Recipe._fields[1:]})
+    return Recipe(epochs, **{field: config[field] for field in Recipe._fields[1:] if field in config})
 
 
 @torch.no_grad()
