@@ -14,6 +14,7 @@ Prunable are the weights of every Conv2d and Linear, first and last layer includ
 Kim et al. 2022, whose augmentation and distilled data the paper uses.
 """
 import argparse
+import csv
 import functools
 import hashlib
 import importlib
@@ -105,6 +106,15 @@ def save(path, value):
     else:
         torch.save(value, buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def save_csv(path, rows):
+    """Save a list of dicts with the same keys as a table, atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
 
 
 def load(path, device="cpu"):
@@ -345,10 +355,14 @@ def load_real(config, data_dir, device="cpu"):
     config.update(channels=channels, image_size=size, num_classes=known.num_classes, flip=known.flip)
     train, test = (Split(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), known.mean, known.std)
                    for x, y in arrays)
-    wanted = config.get("train_images") or len(train)
-    if wanted < len(train):  # the same images for every seed and script
-        train = train.subset(torch.randperm(len(train), generator=random_stream(0, "subset"))[:wanted].sort()[0])
-    return train, test
+    return fixed_subset(train, config.get("train_images"), "subset"), test
+
+
+def fixed_subset(split, count, purpose):
+    """`count` random images of `split` (None: all), the same for every seed and script."""
+    if (count or len(split)) >= len(split):
+        return split
+    return split.subset(torch.randperm(len(split), generator=random_stream(0, purpose))[:count].sort()[0])
 
 
 def read_npz(path):
@@ -887,6 +901,15 @@ def load_subnetworks(paths, args):
     if args.dataset not in (None, first["config"]["dataset"]):
         raise UserError(f"{first_path} is of dataset {first['config']['dataset']}, not --dataset {args.dataset}")
     return subnetworks, *load_real(dict(first["config"]), args.data_dir, device)
+
+
+def family(config):
+    """How a mask was found, in the words of legends and tables."""
+    names = {"distilled": f"synthetic, {config.get('ipc')} a class", "real": "IMP",
+             "subset": f"real subset, {config.get('ipc')} a class", "random": "random masks"}
+    rewound = f", rewound to epoch {config['rewind']}" if config.get("rewind") else ""
+    started = f", from {Path(config['start']).stem}" if config.get("start") else ""
+    return names[config["data"]] + rewound + started
 
 
 def fingerprint(subnetwork):
