@@ -14,6 +14,7 @@ Prunable are the weights of every Conv2d and Linear, first and last layer includ
 Kim et al. 2022, whose augmentation and distilled data the paper uses.
 """
 import argparse
+import ctypes
 import csv
 import functools
 import hashlib
