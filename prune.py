@@ -1,0 +1,504 @@
+"""Find lottery tickets by pruning on distilled data: the masks of Figures 2 and 7 of the paper.
+
+    python prune.py --data distilled --ipc 10        Distilled Pruning: train on a few synthetic images a class
+    python prune.py --data real                      IMP: the same loop on real data
+    python prune.py --data subset                    control: as few random real images as the distilled set has
+    python prune.py --data random                    control: random masks of the same sparsities, no training
+
+Train, remove the 20% of the remaining weights that are smallest, rewind the rest to initialisation, repeat.
+Every round leaves a mask in --out (r0.pt is the dense network) that stability.py, landscape.py and hessian.py read;
+--evaluate trains every round's subnetwork on real data and reports its test accuracy. Without a GPU the `quick`
+preset runs: convnet3 of width 32, 10 rounds (89% sparsity) in about 2 minutes on 2 cores.
+
+    python prune.py --plot masks_distilled masks_real          accuracy and training points against sparsity
+    python prune.py --compare masks_distilled masks_real       per-layer sparsity and overlap of two runs (Sec. 6)
+
+The same command again goes on where an interrupted run stopped and ends with the same masks.
+"""
+import csv
+import io
+import math
+import re
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import common
+from common import UserError, prunable, random_stream
+
+PRESETS = {
+    "paper": dict(model="resnet18", width=None, train_images=None, lr=.01, eval_epochs=300,
+                  epochs=dict(distilled=1000, subset=1000, real=300, random=0)),
+    "quick": dict(model="convnet3", width=32, train_images=10_000, lr=.02, eval_epochs=12,
+                  epochs=dict(distilled=60, subset=240, real=12, random=0)),
+}
+COLUMNS = ("round", "sparsity", "remaining", "training_points", "train_loss", "train_accuracy",
+           "test_loss", "test_accuracy", "seconds")
+
+#############################################
+#          Pruning and rewinding            #
+#############################################
+
+
+def magnitude_mask(weights, mask, rate, scope="global"):
+    """Remove the `rate` of the surviving weights that is smallest in magnitude: round(rate * remaining) of them.
+
+    weights {name: tensor}, mask {name: bool tensor} -> a new mask, nested in the old one. `scope` "global" ranks
+    all layers together, "layer" each by itself. Equal to torch.nn.utils.prune's global_unstructured/l1_unstructured.
+    """
+    groups = [list(mask)] if scope == "global" else [[name] for name in mask]
+    new = {name: kept.clone() for name, kept in mask.items()}
+    for names in groups:
+        survivors = torch.cat([weights[name].detach()[mask[name]].abs() for name in names])
+        keep = torch.ones_like(survivors, dtype=torch.bool)
+        keep[survivors.topk(round(rate * len(survivors)), largest=False).indices] = False
+        for name, part in zip(names, keep.split([int(mask[name].sum()) for name in names])):
+            new[name][mask[name]] = part
+    return new
+
+
+def rewound(trained, init, weights, what):
+    """The state to start the next round from: everything as in `init`, or only the prunable `weights`."""
+    state = init if what == "all" else trained | {name: init[name] for name in weights}
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+#############################################
+#                 The search                #
+#############################################
+
+
+def find_masks(config, out, data, real, device, evaluate=None):
+    """Iterative magnitude pruning, Algorithm 1 of the paper. Writes r<n>.pt and results.csv after every round.
+
+    `data` is the split trained on (None draws random masks), `real` the (train, test) pair or None; `evaluate` holds
+    the rounds to train on real data. Finished rounds in `out` are taken as they are. Returns the rows of results.csv.
+    """
+    seed, seconds = config["seed"], read_seconds(out)
+    model = common.build_network(config, seed).to(device)
+    ticket = first_ticket(model, config, real, device)
+    rows = []
+    for number in range(ticket["round"], config["rounds"] + 1):
+        start, path = time.perf_counter(), out / f"r{number}.pt"
+        if path.exists():
+            ticket = common.load_mask(path, device=device)
+        else:
+            if number > ticket["round"]:
+                ticket = next_ticket(model, ticket, config, data, random_stream(seed, "round", number))
+            common.save(path, ticket)
+            seconds[number] = time.perf_counter() - start
+        if evaluate is not None and number in evaluate and "test_accuracy" not in ticket["results"]:
+            ticket["results"] |= evaluate_ticket(model, ticket, config, *real)
+            common.save(path, ticket)
+        rows.append(row_of(ticket, seconds.get(number, math.nan)))
+        write_csv(out / "results.csv", COLUMNS, rows)
+    return rows
+
+
+def next_ticket(model, ticket, config, data, stream):
+    """Train, prune, rewind: the ticket of the following round."""
+    results, number = ticket["results"], ticket["round"] + 1
+    model.load_state_dict(ticket["init"])
+    if data is None:
+        scores = {name: torch.rand(kept.shape, generator=stream).to(kept.device) for name, kept in ticket["masks"].items()}
+        results = {"training_points": 0}
+    else:
+        recipe = common.recipe_of(config, config["epochs"])
+        trained = train_with_bar(f"round {number}", model, data, recipe, stream, ticket["masks"])
+        scores = prunable(model)
+        results = {"training_points": results["training_points"] + trained.points,
+                   "train_loss": trained.loss, "train_accuracy": trained.accuracy}
+    masks = magnitude_mask(scores, ticket["masks"], config["rate"], config["scope"])
+    init = rewound(model.state_dict(), ticket["init"], masks, config["rewind_what"])
+    return make_ticket(number, masks, init, config, results)
+
+
+def first_ticket(model, config, real, device):
+    """Round 0: every weight survives, at initialisation or after `rewind` epochs on real data; or the --start mask."""
+    if config["start"]:
+        start = common.load_mask(config["start"], config, device)
+        if {n: m.shape for n, m in start["masks"].items()} != {n: w.shape for n, w in prunable(model).items()}:
+            raise UserError(f"{config['start']}: its masks are of another network than {config['model']}")
+        return make_ticket(start["round"], start["masks"], start["init"], config,
+                           {"training_points": start["results"].get("training_points", 0)})
+    points = 0
+    if config["rewind"]:
+        recipe = common.recipe_of(config, config["eval_epochs"])
+        points = train_with_bar("rewind point", model, real[0], recipe, random_stream(config["seed"], "rewind"),
+                                span=(0, config["rewind"])).points
+    init = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return make_ticket(0, common.dense_mask(model), init, config, {"training_points": points})
+
+
+def make_ticket(number, masks, init, config, results):
+    return {"format": common.MASK_FORMAT, "round": number, "sparsity": common.sparsity(masks),
+            "masks": masks, "init": init, "config": config, "results": results}
+
+
+def evaluate_ticket(model, ticket, config, train_split, test_split):
+    """Train the masked initial network on real data; loss and accuracy of the final epoch on the test set."""
+    model.load_state_dict(ticket["init"])
+    recipe = common.recipe_of(config, config["eval_epochs"])
+    train_with_bar(f"evaluate r{ticket['round']}", model, train_split, recipe,
+                   random_stream(config["seed"], "evaluate", ticket["round"]), ticket["masks"])
+    score = common.evaluate(model, test_split)
+    return {"test_loss": score.loss, "test_accuracy": score.accuracy}
+
+
+def train_with_bar(title, model, split, recipe, stream, mask=None, span=None):
+    """common.train under a progress bar; an error says which round it came from."""
+    first, last = span or (0, recipe.epochs)
+    with tqdm(total=last - first, desc=title, unit="epoch", disable=None, leave=False) as bar:
+        def progress(epoch, loss, accuracy):
+            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
+            bar.update()
+
+        try:
+            return common.train(model, split, recipe, stream, mask, span, progress=progress)
+        except UserError as error:
+            raise UserError(f"{title}: {error}") from error
+
+
+def random_subset(split, ipc, num_classes, stream):
+    """`ipc` random images of each class."""
+    labels = split.labels.cpu()
+    if int(torch.bincount(labels, minlength=num_classes).min()) < ipc:
+        raise UserError(f"--ipc {ipc}: a class has only {int(torch.bincount(labels, minlength=num_classes).min())} images")
+    order = torch.randperm(len(split), generator=stream)
+    chosen = torch.cat([order[labels[order] == c][:ipc] for c in range(num_classes)])
+    return split.subset(chosen.to(split.labels.device))
+
+
+#############################################
+#            Results and folders            #
+#############################################
+
+
+def row_of(ticket, seconds):
+    remaining = sum(int(kept.sum()) for kept in ticket["masks"].values())
+    known = {"round": ticket["round"], "sparsity": ticket["sparsity"], "remaining": remaining, "seconds": round(seconds, 2)}
+    return {column: (known | ticket["results"]).get(column, "") for column in COLUMNS}
+
+
+def write_csv(path, columns, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    common.write_atomically(path, text.getvalue().encode())
+
+
+def read_csv(path):
+    """Rows of a results file, numbers as floats, empty cells left out."""
+    try:
+        with open(path, newline="") as file:
+            return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a results file of prune.py ({error})") from error
+
+
+def read_seconds(out):
+    """{round: seconds} of an earlier run in `out`; times are in results.csv only, so that mask files are reproducible."""
+    path = out / "results.csv"
+    return {int(row["round"]): row["seconds"] for row in read_csv(path) if "seconds" in row} if path.exists() else {}
+
+
+def print_table(rows):
+    print(f"{'round':>5} {'sparsity':>8} {'remaining':>10} {'points seen':>12} {'train loss':>10} {'train acc':>9} {'test acc':>8}")
+    for row in rows:
+        cells = [f"{row['round']:>5} {row['sparsity']:>8.2%} {row['remaining']:>10,} {row['training_points']:>12,}"]
+        for column, form in (("train_loss", ">10.3f"), ("train_accuracy", ">9.2%"), ("test_accuracy", ">8.2%")):
+            cells.append(format(row[column], form) if row[column] != "" else " " * int(form[1:-3]))
+        print(*cells)
+
+
+def prepare_folder(out, config, overwrite):
+    """Make `out` ready: empty, or holding an earlier part of the very same run. Raises UserError naming the difference."""
+    path = out / "config.json"
+    tickets = [p for p in out.glob("*") if re.fullmatch(r"r\d+\.pt", p.name)]
+    if overwrite:
+        for old in tickets + [out / "results.csv"]:
+            old.unlink(missing_ok=True)
+    elif path.exists():
+        earlier = common.load(path)
+        # More rounds continue a run: they do not change the ones that are there.
+        different = [key for key in sorted(config.keys() | earlier.keys()) - {"rounds"} if config.get(key) != earlier.get(key)]
+        if different:
+            change = ", ".join(f"{key} {earlier.get(key)} -> {config.get(key)}" for key in different)
+            raise UserError(f"{out} holds another run ({change}); choose another --out, or --overwrite")
+    elif tickets:
+        raise UserError(f"{out} holds masks but no config.json; choose another --out, or --overwrite")
+    common.save(path, config)
+
+
+def run_folders(folder):
+    """The folders with results.csv of one run: the seeds' below it, or itself. Raises UserError."""
+    folder = Path(folder)
+    found = [folder] if (folder / "results.csv").exists() else sorted(p.parent for p in folder.glob("seed*/results.csv"))
+    if not found:
+        raise UserError(f"{folder}: no results.csv of prune.py in it, nor in seed folders below")
+    return found
+
+
+#############################################
+#                 Pictures                  #
+#############################################
+
+
+def label_of(config):
+    names = {"distilled": f"distilled, {config['ipc']} a class", "real": "IMP (real data)",
+             "subset": f"real subset, {config['ipc']} a class", "random": "random masks"}
+    extra = [f"rewound to epoch {config['rewind']}"] if config["rewind"] else []
+    extra += [f"from {Path(config['start']).stem}"] if config["start"] else []
+    return ", ".join([names[config["data"]]] + extra)
+
+
+def mean_and_std(values):
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
+
+
+def draw_runs(folders, path):
+    """Fig. 2: accuracy (mean and standard deviation over seeds) and training points against sparsity."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    runs = [[read_csv(f / "results.csv") for f in run_folders(folder)] for folder in folders]
+    tested = any("test_accuracy" in row for run in runs for rows in run for row in rows)
+    measure = "test_accuracy" if tested else "train_accuracy"
+    styles = zip(runs, folders, ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:") * len(runs))
+    for run, folder, style in styles:
+        label = label_of(common.load(run_folders(folder)[0] / "config.json")) + (f" ({len(run)} seeds)" if len(run) > 1 else "")
+        by_round = {}
+        for row in (row for rows in run for row in rows):
+            by_round.setdefault(row["round"], []).append(row)
+        points = [(1 - rows[0]["sparsity"], mean_and_std([row[measure] for row in rows]))
+                  for _, rows in sorted(by_round.items()) if all(measure in row for row in rows)]
+        if points:
+            left.errorbar([x for x, _ in points], [100 * mean for _, (mean, _) in points],
+                          [100 * std for _, (_, std) in points], fmt=style, capsize=3, markersize=5, label=label)
+        seen = [(1 - rows[0]["sparsity"], rows[0]["training_points"]) for _, rows in sorted(by_round.items())]
+        if any(count for _, count in seen):
+            right.plot([x for x, count in seen if count], [count for _, count in seen if count], style, markersize=5, label=label)
+    left.set_ylabel("test accuracy after training on real data (%)" if tested else "accuracy on the pruning data (%)")
+    right.set_ylabel("training points seen to reach the mask")
+    right.set_yscale("log")
+    lowest = min(1 - row["sparsity"] for run in runs for rows in run for row in rows)
+    for axes in (left, right):
+        remaining_axis(axes, lowest)
+        axes.grid(alpha=.3)
+        if axes.has_data():
+            axes.legend(fontsize=8)
+    common.save(path, figure)
+
+
+def remaining_axis(axes, lowest):
+    """A logarithmic axis of the fraction of weights remaining, dense at the left, labelled as the field does."""
+    ticks = [t for t in (1, .8, .64, .51, .41, .33, .26, .21, .168, .134, .107, .055, .028, .014, .007, .0035) if t >= lowest * .97]
+    ticks = ticks[::max(1, len(ticks) // 7)]
+    axes.set_xscale("log")
+    axes.set_xlim(1.08, lowest * .92)
+    axes.minorticks_off()
+    axes.set_xticks(ticks, [f"{100 * t:.3g}" for t in ticks])
+    axes.set_xlabel("weights remaining (%)")
+
+
+#############################################
+#             Comparing two runs            #
+#############################################
+
+
+def overlap(a, b):
+    """Surviving weights shared by two masks of one layer against independent masks of the same densities.
+
+    Returns (n, survivors of a, of b, shared, expected, variance); the last two are the hypergeometric ones.
+    """
+    n, k, m = a.numel(), int(a.sum()), int(b.sum())
+    variance = k * m * (n - k) * (n - m) / (n * n * max(n - 1, 1))
+    return n, k, m, int((a & b).sum()), k * m / n, variance
+
+
+def compare_rounds(one, other):
+    """Rows, one a layer and one in all, of two mask files' sparsities and overlap. Raises UserError."""
+    if {n: m.shape for n, m in one["masks"].items()} != {n: m.shape for n, m in other["masks"].items()}:
+        raise UserError("the two runs prune different networks: " + " and ".join(t["config"]["model"] for t in (one, other)))
+    counts = {name: overlap(one["masks"][name].cpu(), other["masks"][name].cpu()) for name in one["masks"]}
+    counts["all"] = tuple(map(sum, zip(*counts.values())))
+    rows = []
+    for name, (n, k, m, shared, expected, variance) in counts.items():
+        rows.append({"round": one["round"], "layer": name, "weights": n, "sparsity_a": 1 - k / n, "sparsity_b": 1 - m / n,
+                     "shared": shared, "expected": round(expected, 2), "ratio": shared / expected if expected else math.nan,
+                     "z": (shared - expected) / math.sqrt(variance) if variance else 0.})
+    return rows
+
+
+def compare(folder_a, folder_b, out):
+    """Sec. 6: overlap of two runs' masks in every round they share: compare.csv, compare.png and a table of the last."""
+    numbers = [{int(p.stem[1:]) for p in Path(f).glob("r*.pt") if p.stem[1:].isdigit()} for f in (folder_a, folder_b)]
+    shared = sorted((numbers[0] & numbers[1]) - {0})
+    if not shared:
+        raise UserError(f"{folder_a} and {folder_b} have no pruning round in common (r1.pt, r2.pt, ...)")
+    rows = [row for n in shared for row in compare_rounds(*(common.load_mask(Path(f) / f"r{n}.pt") for f in (folder_a, folder_b)))]
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "compare.csv", list(rows[0]), rows)
+    last = [row for row in rows if row["round"] == shared[-1]]
+    draw_comparison(rows, last, (folder_a, folder_b), out / "compare.png")
+    print(f"round {shared[-1]}; A = {folder_a}, B = {folder_b}")
+    print(f"{'layer':<24} {'weights':>10} {'sparsity A':>10} {'sparsity B':>10} {'shared':>9} {'expected':>11} {'ratio':>6} {'z':>8}")
+    for row in last:
+        print(f"{row['layer']:<24} {row['weights']:>10,} {row['sparsity_a']:>10.2%} {row['sparsity_b']:>10.2%} "
+              f"{row['shared']:>9,} {row['expected']:>11,.1f} {row['ratio']:>6.3f} {row['z']:>8.1f}")
+    print(f"written: {out / 'compare.csv'}, {out / 'compare.png'}")
+
+
+def draw_comparison(rows, last, folders, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    layers = [row["layer"].removesuffix(".weight") for row in last]
+    positions = range(len(layers))
+    for side, column, folder, colour, hatch in ((-.2, "sparsity_a", folders[0], "C0", ""), (.2, "sparsity_b", folders[1], "C1", "//")):
+        left.bar([p + side for p in positions], [100 * row[column] for row in last], .4, label=str(folder), color=colour, hatch=hatch)
+    left.set_xticks(positions, layers, rotation=45 if len(layers) < 8 else 90, ha="right", fontsize=8)
+    left.set_ylabel(f"sparsity in round {last[0]['round']} (%)")
+    left.legend(fontsize=8, loc="lower right")
+    for layer, style in zip([row["layer"] for row in last], ("-", "--", "-.", ":") * len(last)):
+        series = [(1 - (row["sparsity_a"] + row["sparsity_b"]) / 2, row["ratio"]) for row in rows if row["layer"] == layer]
+        total = layer == "all"
+        right.plot(*zip(*series), "ko-" if total else style, lw=2 if total else 1, label=layer.removesuffix(".weight"))
+    right.axhline(1, color="grey", lw=.8)
+    right.set(xscale="log", xlabel="weights of the layer remaining (fraction)", ylabel="shared survivors / expected if independent")
+    right.invert_xaxis()
+    if len(layers) < 12:
+        right.legend(fontsize=8)
+    common.save(path, figure)
+
+
+#############################################
+#                Command line               #
+#############################################
+
+
+def rate(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise UserError(f"--rate {text}: must lie between 0 and 1, both excluded")
+    return value
+
+
+def parse(argv=None):
+    parser = common.Parser(__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", choices=("distilled", "real", "subset", "random"), default="distilled", help="what to prune on (distilled)")
+    data.add_argument("--dataset", help=f"{', '.join(common.DATASETS)}, or a folder with {{train,test}}.npz or {{train,val}}/<class>/ (cifar10)")
+    data.add_argument("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
+    data.add_argument("--image-size", type=common.positive, help="side in pixels of images in class folders (the dataset's)")
+    data.add_argument("--train-images", type=common.positive, help="use only this many real training images (paper: all, quick: 10000)")
+    data.add_argument("--ipc", type=common.positive, default=10, help="images a class, stored in the distilled set or drawn for the subset (10)")
+    data.add_argument("--distilled", metavar="PATH", help="distilled set: EDC, DSA/DC/DM, KIP, MTT, PNG class folders or sheet (the embedded one)")
+    data.add_argument("--factor", type=common.positive, help="tiles along a side of a distilled image, multi-formation (config.json beside it, or 1)")
+    network = parser.add_argument_group("network")
+    network.add_argument("--model", help="convnet3, resnet10, resnet18 or package.module:callable (paper: resnet18, quick: convnet3)")
+    network.add_argument("--width", type=common.positive, help="channels of the first layer, scales all (convnet3: 128, quick: 32; resnet: 32, 64 above 64 pixels)")
+    network.add_argument("--norm", choices=("instance", "batch", "none"), help="normalisation (convnet3: instance, resnet: batch)")
+    pruning = parser.add_argument_group("pruning")
+    pruning.add_argument("--rounds", type=common.positive, default=10, help="last round; a --start mask's own rounds count (10)")
+    pruning.add_argument("--rate", type=rate, default=.2, help="fraction of the remaining weights removed a round (0.2)")
+    pruning.add_argument("--scope", choices=("global", "layer"), default="global", help="rank weights over all layers or within each (global)")
+    pruning.add_argument("--rewind", type=int, default=0, metavar="K", help="rewind to epoch K of dense training on real data (0: initialisation)")
+    pruning.add_argument("--rewind-what", choices=("all", "weights"), default="all", help="all parameters and buffers, or only conv and linear weights as the paper's code")
+    pruning.add_argument("--start", metavar="MASK", help="go on from this mask file, e.g. IMP from a distilled mask (Fig. 7)")
+    pruning.add_argument("--evaluate", nargs="*", type=int, metavar="ROUND", help="train the subnetworks (of these rounds, else all) on real data, report test accuracy")
+    training = parser.add_argument_group("training")
+    training.add_argument("--preset", choices=PRESETS, help="paper's settings, or a scaled-down run (paper with CUDA, else quick)")
+    training.add_argument("--epochs", type=common.positive, help="of every pruning round (paper: 1000 distilled and subset, 300 real; quick: 60, 240, 12)")
+    training.add_argument("--eval-epochs", type=common.positive, help="of a subnetwork on real data (paper: 300, quick: 12)")
+    training.add_argument("--lr", type=float, help="learning rate; times 0.2 at 2/3 and 5/6 of the epochs (paper: 0.01, quick: 0.02)")
+    training.add_argument("--momentum", type=float, default=.9, help="(0.9)")
+    training.add_argument("--weight-decay", type=float, default=5e-4, help="(0.0005)")
+    training.add_argument("--batch-size", type=common.positive, default=64, help="(64)")
+    training.add_argument("--augment", choices=("dsa", "imagenet", "none"), help="augmentation (dsa; imagenet above 64 pixels)")
+    training.add_argument("--cutmix", type=float, help="probability of CutMix (0.5; 1 above 64 pixels)")
+    training.add_argument("--seed", type=int, default=0, help="fixes initialisation, order and augmentation (0)")
+    training.add_argument("--seeds", type=int, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
+    training.add_argument("--device", help="(cuda when there is one, else cpu)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, default=Path("masks"), help="folder of masks, results.csv, config.json, prune.png (masks)")
+    output.add_argument("--overwrite", action="store_true", help="replace another run in --out")
+    output.add_argument("--plot", nargs="+", metavar="DIR", help="draw finished runs together into <out>/prune.png, without training")
+    output.add_argument("--compare", nargs=2, metavar="DIR", help="overlap of two finished runs' masks into <out>/compare.csv and .png")
+    return parser.parse_args(argv)
+
+
+def settings(args, preset):
+    """The config of a run: flags, else those of the --start mask for the network, else the preset."""
+    base = dict(PRESETS[preset], dataset="cifar10", norm=None, image_size=None)
+    base["epochs"] = base["epochs"][args.data]
+    if args.start and (given := common.load(args.start)) and "config" in given:
+        base |= {key: given["config"].get(key) for key in ("model", "width", "norm", "dataset", "image_size")}
+    config = base | {key: getattr(args, key) for key in base if getattr(args, key) is not None}
+    config |= {key: getattr(args, key) for key in ("data", "ipc", "factor", "distilled", "rounds", "rate", "scope", "rewind", "rewind_what",
+                                                   "start", "momentum", "weight_decay", "batch_size")}
+    if config["rewind"] < 0 or config["rewind"] > config["eval_epochs"]:
+        raise UserError(f"--rewind {config['rewind']}: must lie between 0 and --eval-epochs {config['eval_epochs']}")
+    if config["start"] and config["rewind"]:
+        raise UserError("--rewind with --start: the mask file already holds its rewind point")
+    return config
+
+
+def load_data(args, config, device):
+    """Fill in the config's image shape and classes; (distilled split or None, real (train, test) or None)."""
+    known = common.DATASETS.get(config["dataset"])
+    real = None
+    if args.evaluate is not None or config["data"] in ("real", "subset") or config["rewind"] or not known:
+        real = common.load_real(config, args.data_dir, device)
+    else:
+        config |= dict(channels=known.channels, image_size=config["image_size"] or known.image_size,
+                       num_classes=known.num_classes, flip=known.flip)
+    large = config["image_size"] > 64
+    config["augment"] = args.augment or ("imagenet" if large else "dsa")
+    config["cutmix"] = args.cutmix if args.cutmix is not None else (1. if large else .5)
+    distilled = None
+    if config["data"] == "distilled":
+        path = config["distilled"] or common.embedded_distilled(config["dataset"], config["ipc"])
+        shape = common.Dataset(config["channels"], config["image_size"], config["num_classes"],
+                               *((known.mean, known.std) if known else (real[0].mean, real[0].std)))
+        distilled = common.load_distilled(path, shape, config["ipc"], config["factor"], device)
+    return distilled, real
+
+
+def main():
+    args = parse()
+    if args.plot:
+        draw_runs(args.plot, args.out / "prune.png")
+        return print(f"written: {args.out / 'prune.png'}")
+    if args.compare:
+        return compare(*args.compare, args.out)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    preset = args.preset or ("paper" if device.type == "cuda" else "quick")
+    config = settings(args, preset)
+    print(f"preset {preset} ({'as asked' if args.preset else f'device {device.type}'}): {config['model']} on {config['dataset']}, "
+          f"{config['data']} data, {config['rounds']} rounds of {config['epochs']} epochs")
+    distilled, real = load_data(args, config, device)
+    for seed in args.seeds or [args.seed]:
+        out = args.out / f"seed{seed}" if args.seeds else args.out
+        run_config = config | {"seed": seed}
+        data = {"distilled": distilled, "real": real and real[0], "random": None}.get(config["data"])
+        if config["data"] == "subset":
+            data = random_subset(real[0], config["ipc"], config["num_classes"], random_stream(seed, "subset"))
+        prepare_folder(out, run_config, args.overwrite)
+        evaluated = range(config["rounds"] + 1) if args.evaluate == [] else args.evaluate
+        print_table(find_masks(run_config, out, data, real, device, evaluated))
+        draw_runs([out], out / "prune.png")
+    print(f"written: masks, results.csv, config.json and prune.png in {args.out}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,34 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Run one of the project's scripts in an empty folder; returns the finished process."""
+
+    def run(name, *arguments, **options):
+        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment, **options)
+
+    return run
+
+
+@pytest.fixture
+def refused(script):
+    """Run a script that must refuse: exit code 2 and one line on stderr, which is returned."""
+
+    def run(name, *arguments, **options):
+        done = script(name, *arguments, **options)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+        return lines[0]
+
+    return run
