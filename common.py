@@ -871,22 +871,34 @@ def subnetwork_flags(parser):
     """Add the flags that name subnetworks and their training on real data, for load_subnetworks and endpoint."""
     group = parser.add_argument_group("subnetworks")
     group.add_argument("--mask", nargs="+", default=[], metavar="FILE",
-                       help="mask files of prune.py, or torch.nn.utils.prune state dicts with --dataset and --model")
-    group.add_argument("--dataset", help="of masks that name none; without --mask, of a dense network (digits: offline)")
-    group.add_argument("--model", default="convnet3", help="of masks that name none, or of the dense network (convnet3)")
+                       help="mask files of prune.py or folders of them; torch.nn.utils.prune state dicts with --dataset")
+    group.add_argument("--dataset", help="of masks that name none; or without --mask, of a dense one (digits: offline)")
+    group.add_argument("--model", default="convnet3", help="of masks that name none, or of the dense one (convnet3)")
     group.add_argument("--width", type=positive, help="its channels in the first layer (convnet3: 128, resnet: 32)")
     group.add_argument("--norm", choices=("instance", "batch", "none"),
                        help="its normalisation (convnet3: instance, resnet: batch)")
     group.add_argument("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
-    group.add_argument("--epochs", type=positive, help="of training on real data (the mask file's eval_epochs, else 60)")
+    group.add_argument("--epochs", type=positive, help="of training on real data (the mask's eval_epochs, else 60)")
     group.add_argument("--seed", type=int, help="of the data orders (the mask file's)")
     group.add_argument("--device", help="(cuda when there is one, else cpu)")
 
 
-def load_subnetworks(paths, args):
-    """({path: mask file's dict}, train, test) of the masks, all of one network on one dataset, by subnetwork_flags.
+def mask_files(items):
+    """Mask files as given; of folders, the r<n>.pt in them, by rounds. Raises UserError for a folder without."""
+    files = []
+    for item in map(Path, items):
+        found = [path for path in item.glob("r*.pt") if path.stem[1:].isdigit()] if item.is_dir() else [item]
+        if not found:
+            raise UserError(f"{item}: no r0.pt, r1.pt, ... of prune.py in this folder")
+        files += sorted(found, key=lambda path: (len(path.name), path.name))
+    return files
 
-    Without paths, the dense network of --dataset under the path <dataset>/dense.pt. Raises UserError.
+
+def load_subnetworks(paths, args):
+    """({path: mask file's dict}, train, test) of the masks (files or folders), all of one network on one dataset.
+
+    `args` holds what subnetwork_flags adds. Without paths: the dense network of --dataset, under the path
+    <dataset>/dense.pt. Raises UserError.
     """
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     unnamed = None
@@ -897,7 +909,7 @@ def load_subnetworks(paths, args):
         unnamed |= dict(augment="imagenet", cutmix=1.) if unnamed["image_size"] > 64 else {}
     elif not paths:
         raise UserError("no --mask given; --dataset digits takes a dense network and needs no mask file")
-    subnetworks = {Path(path): load_mask(path, unnamed, device) for path in paths}
+    subnetworks = {path: load_mask(path, unnamed, device) for path in mask_files(paths)}
     if not paths:
         model = build_network(unnamed, unnamed["seed"]).to(device)
         subnetworks[Path(Path(args.dataset).name) / "dense.pt"] = {
@@ -912,6 +924,11 @@ def load_subnetworks(paths, args):
     if args.dataset not in (None, first["config"]["dataset"]):
         raise UserError(f"{first_path} is of dataset {first['config']['dataset']}, not --dataset {args.dataset}")
     return subnetworks, *load_real(dict(first["config"]), args.data_dir, device)
+
+
+def mean_and_std(values):
+    """Mean and standard deviation (over n - 1; 0 of a single value)."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.
 
 
 def family(config):
