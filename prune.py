@@ -16,7 +16,6 @@ preset runs: convnet3 of width 32, 10 rounds (89% sparsity) in about 2 minutes o
 The same command again goes on where an interrupted run stopped and ends with the same masks.
 """
 import csv
-import io
 import math
 import re
 import time
@@ -70,59 +69,54 @@ def rewound(trained, init, weights, what):
 #############################################
 
 
-def find_masks(config, out, data, real, device, evaluate=None):
+def find_masks(model, config, out, data, real=None, start=None, evaluate=()):
     """Iterative magnitude pruning, Algorithm 1 of the paper. Writes r<n>.pt and results.csv after every round.
 
-    `data` is the split trained on (None draws random masks), `real` the (train, test) pair or None; `evaluate` holds
-    the rounds to train on real data. Finished rounds in `out` are taken as they are. Returns the rows of results.csv.
+    `data` is the split trained on (None draws random masks), `real` the (train, test) pair, `start` a mask file's dict
+    to go on from, `evaluate` the rounds whose subnetworks are trained on real data. Finished rounds in `out` are taken
+    as they are. Returns the rows of results.csv.
     """
-    seed, seconds = config["seed"], read_seconds(out)
-    model = common.build_network(config, seed).to(device)
-    ticket = first_ticket(model, config, real, device)
-    rows = []
-    for number in range(ticket["round"], config["rounds"] + 1):
-        start, path = time.perf_counter(), out / f"r{number}.pt"
+    rows, seconds, first = [], read_seconds(out), start["round"] if start else 0
+    for number in range(first, config["rounds"] + 1):
+        path, began = out / f"r{number}.pt", time.perf_counter()
         if path.exists():
-            ticket = common.load_mask(path, device=device)
+            ticket = common.load_mask(path, device=next(model.parameters()).device)
         else:
-            if number > ticket["round"]:
-                ticket = next_ticket(model, ticket, config, data, random_stream(seed, "round", number))
+            ticket = next_ticket(model, ticket, config, data) if number > first else first_ticket(model, config, real, start)
             common.save(path, ticket)
-            seconds[number] = time.perf_counter() - start
-        if evaluate is not None and number in evaluate and "test_accuracy" not in ticket["results"]:
+            seconds[number] = time.perf_counter() - began
+        if number in evaluate and "test_accuracy" not in ticket["results"]:
             ticket["results"] |= evaluate_ticket(model, ticket, config, *real)
             common.save(path, ticket)
         rows.append(row_of(ticket, seconds.get(number, math.nan)))
-        write_csv(out / "results.csv", COLUMNS, rows)
+        common.save_csv(out / "results.csv", rows)
     return rows
 
 
-def next_ticket(model, ticket, config, data, stream):
+def next_ticket(model, ticket, config, data):
     """Train, prune, rewind: the ticket of the following round."""
-    results, number = ticket["results"], ticket["round"] + 1
-    model.load_state_dict(ticket["init"])
+    number = ticket["round"] + 1
+    stream = random_stream(config["seed"], "round", number)
     if data is None:
         scores = {name: torch.rand(kept.shape, generator=stream).to(kept.device) for name, kept in ticket["masks"].items()}
         results = {"training_points": 0}
     else:
+        model.load_state_dict(ticket["init"])
         recipe = common.recipe_of(config, config["epochs"])
         trained = train_with_bar(f"round {number}", model, data, recipe, stream, ticket["masks"])
         scores = prunable(model)
-        results = {"training_points": results["training_points"] + trained.points,
+        results = {"training_points": ticket["results"]["training_points"] + trained.points,
                    "train_loss": trained.loss, "train_accuracy": trained.accuracy}
     masks = magnitude_mask(scores, ticket["masks"], config["rate"], config["scope"])
     init = rewound(model.state_dict(), ticket["init"], masks, config["rewind_what"])
     return make_ticket(number, masks, init, config, results)
 
 
-def first_ticket(model, config, real, device):
-    """Round 0: every weight survives, at initialisation or after `rewind` epochs on real data; or the --start mask."""
-    if config["start"]:
-        start = common.load_mask(config["start"], config, device)
-        if {n: m.shape for n, m in start["masks"].items()} != {n: w.shape for n, w in prunable(model).items()}:
-            raise UserError(f"{config['start']}: its masks are of another network than {config['model']}")
-        return make_ticket(start["round"], start["masks"], start["init"], config,
-                           {"training_points": start["results"].get("training_points", 0)})
+def first_ticket(model, config, real, start):
+    """Round 0: every weight survives, at initialisation or after `rewind` epochs on real data; or the mask to `start` from."""
+    if start:
+        points = start["results"].get("training_points", 0)
+        return make_ticket(start["round"], start["masks"], start["init"], config, {"training_points": points})
     points = 0
     if config["rewind"]:
         recipe = common.recipe_of(config, config["eval_epochs"])
@@ -182,14 +176,6 @@ def row_of(ticket, seconds):
     return {column: (known | ticket["results"]).get(column, "") for column in COLUMNS}
 
 
-def write_csv(path, columns, rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    common.write_atomically(path, text.getvalue().encode())
-
-
 def read_csv(path):
     """Rows of a results file, numbers as floats, empty cells left out."""
     try:
@@ -224,7 +210,7 @@ def prepare_folder(out, config, overwrite):
     elif path.exists():
         earlier = common.load(path)
         # More rounds continue a run: they do not change the ones that are there.
-        different = [key for key in sorted(config.keys() | earlier.keys()) - {"rounds"} if config.get(key) != earlier.get(key)]
+        different = [key for key in sorted((config.keys() | earlier.keys()) - {"rounds"}) if config.get(key) != earlier.get(key)]
         if different:
             change = ", ".join(f"{key} {earlier.get(key)} -> {config.get(key)}" for key in different)
             raise UserError(f"{out} holds another run ({change}); choose another --out, or --overwrite")
@@ -247,14 +233,6 @@ def run_folders(folder):
 #############################################
 
 
-def label_of(config):
-    names = {"distilled": f"distilled, {config['ipc']} a class", "real": "IMP (real data)",
-             "subset": f"real subset, {config['ipc']} a class", "random": "random masks"}
-    extra = [f"rewound to epoch {config['rewind']}"] if config["rewind"] else []
-    extra += [f"from {Path(config['start']).stem}"] if config["start"] else []
-    return ", ".join([names[config["data"]]] + extra)
-
-
 def mean_and_std(values):
     mean = sum(values) / len(values)
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
@@ -271,7 +249,7 @@ def draw_runs(folders, path):
     measure = "test_accuracy" if tested else "train_accuracy"
     styles = zip(runs, folders, ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:") * len(runs))
     for run, folder, style in styles:
-        label = label_of(common.load(run_folders(folder)[0] / "config.json")) + (f" ({len(run)} seeds)" if len(run) > 1 else "")
+        label = common.family(common.load(run_folders(folder)[0] / "config.json")) + (f" ({len(run)} seeds)" if len(run) > 1 else "")
         by_round = {}
         for row in (row for rows in run for row in rows):
             by_round.setdefault(row["round"], []).append(row)
@@ -342,8 +320,7 @@ def compare(folder_a, folder_b, out):
     if not shared:
         raise UserError(f"{folder_a} and {folder_b} have no pruning round in common (r1.pt, r2.pt, ...)")
     rows = [row for n in shared for row in compare_rounds(*(common.load_mask(Path(f) / f"r{n}.pt") for f in (folder_a, folder_b)))]
-    out.mkdir(parents=True, exist_ok=True)
-    write_csv(out / "compare.csv", list(rows[0]), rows)
+    common.save_csv(out / "compare.csv", rows)
     last = [row for row in rows if row["round"] == shared[-1]]
     draw_comparison(rows, last, (folder_a, folder_b), out / "compare.png")
     print(f"round {shared[-1]}; A = {folder_a}, B = {folder_b}")
@@ -474,8 +451,8 @@ def load_data(args, config, device):
     return distilled, real
 
 
-def main():
-    args = parse()
+def main(argv=None):
+    args = parse(argv)
     if args.plot:
         draw_runs(args.plot, args.out / "prune.png")
         return print(f"written: {args.out / 'prune.png'}")
@@ -487,15 +464,19 @@ def main():
     print(f"preset {preset} ({'as asked' if args.preset else f'device {device.type}'}): {config['model']} on {config['dataset']}, "
           f"{config['data']} data, {config['rounds']} rounds of {config['epochs']} epochs")
     distilled, real = load_data(args, config, device)
+    start = common.load_mask(args.start, config, device) if args.start else None
+    evaluate = range(config["rounds"] + 1) if args.evaluate == [] else args.evaluate or ()
     for seed in args.seeds or [args.seed]:
         out = args.out / f"seed{seed}" if args.seeds else args.out
         run_config = config | {"seed": seed}
         data = {"distilled": distilled, "real": real and real[0], "random": None}.get(config["data"])
         if config["data"] == "subset":
             data = random_subset(real[0], config["ipc"], config["num_classes"], random_stream(seed, "subset"))
+        model = common.build_network(run_config, seed).to(device)
+        if start and {n: m.shape for n, m in start["masks"].items()} != {n: w.shape for n, w in prunable(model).items()}:
+            raise UserError(f"{args.start}: its masks are of another network than {config['model']}")
         prepare_folder(out, run_config, args.overwrite)
-        evaluated = range(config["rounds"] + 1) if args.evaluate == [] else args.evaluate
-        print_table(find_masks(run_config, out, data, real, device, evaluated))
+        print_table(find_masks(model, run_config, out, data, real, start, evaluate))
         draw_runs([out], out / "prune.png")
     print(f"written: masks, results.csv, config.json and prune.png in {args.out}")
 

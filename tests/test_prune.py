@@ -1,0 +1,262 @@
+"""Masks against published counts and torch's own pruning; the command line from end to end on the digits."""
+import csv
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.nn.utils import prune as torch_prune
+
+import common
+import prune
+from common import random_stream
+from conftest import ROOT
+
+CONFIG = dict(model="convnet3", channels=3, image_size=32, num_classes=10)
+QUICK = ("--dataset", "digits", "--data", "real", "--width", 4, "--epochs", 2, "--eval-epochs", 2, "--train-images", 200)
+
+
+def rounds_of(network, count, rate=.2, **options):
+    masks = [common.dense_mask(network)]
+    for _ in range(count):
+        masks.append(prune.magnitude_mask(common.prunable(network), masks[-1], rate, **options))
+    return masks
+
+
+def zeros(mask):
+    return sum(int((~kept).sum()) for kept in mask.values())
+
+
+# ---------------------------------------------------------------- masks
+
+
+def test_zeros_per_round_are_the_papers():
+    masks = rounds_of(common.build_network(CONFIG), 6)
+    assert [zeros(m) for m in masks[1:]] == [63770, 114786, 155598, 188248, 214368, 235264]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_masks_are_nested(scope):
+    for earlier, later in zip((masks := rounds_of(common.build_network(CONFIG | {"width": 8}), 4, scope=scope)), masks[1:]):
+        assert all((later[name] <= earlier[name]).all() for name in earlier)
+
+
+def test_masks_equal_torchs_global_pruning():
+    network = common.build_network(CONFIG | {"width": 16})
+    expected = common.build_network(CONFIG | {"width": 16})
+    layers = [(m, "weight") for m in expected.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    mask = common.dense_mask(network)
+    for number in range(3):
+        stream = random_stream(number)
+        with torch.no_grad():  # other weights each round, as training would leave them
+            for weight, (layer, _) in zip(common.prunable(network).values(), layers):
+                fresh = torch.randn(weight.shape, generator=stream)
+                weight.copy_(fresh)
+                (layer.weight_orig if number else layer.weight).copy_(fresh)
+                for hook in layer._forward_pre_hooks.values():
+                    hook(layer, None)  # refreshes layer.weight, which torch ranks
+        torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=.2)
+        mask = prune.magnitude_mask(common.prunable(network), mask, .2)
+        assert all(torch.equal(kept, layer.weight_mask.bool()) for kept, (layer, _) in zip(mask.values(), layers))
+
+
+def test_layer_scope_removes_the_same_share_of_every_layer():
+    network = common.build_network(CONFIG | {"width": 8})
+    for name, kept in rounds_of(network, 1, scope="layer")[1].items():
+        assert int((~kept).sum()) == round(.2 * kept.numel())
+
+
+@pytest.mark.parametrize("what", ["all", "weights"])
+def test_rewinding(what):
+    network = common.build_network(CONFIG | {"width": 4, "norm": "batch"})
+    init = {name: value.clone() for name, value in network.state_dict().items()}
+    trained = {name: value + 1 for name, value in init.items()}
+    state = prune.rewound(trained, init, common.prunable(network), what)
+    for name, value in state.items():
+        returned = what == "all" or name in common.prunable(network)
+        assert torch.equal(value, init[name] if returned else trained[name]), name
+
+
+def test_overlap_of_independent_masks_has_z_about_zero_and_ratio_one():
+    scores = [prune.overlap(torch.rand(5000, generator=random_stream(i)) < .3, torch.rand(5000, generator=random_stream(-1, i)) < .1)
+              for i in range(200)]
+    z = torch.tensor([(shared - expected) / variance ** .5 for *_, shared, expected, variance in scores])
+    assert abs(z.mean()) < .25 and abs(z.std() - 1) < .15
+
+
+def test_overlap_of_a_mask_with_itself():
+    mask = torch.arange(100) < 20
+    assert prune.overlap(mask, mask)[:5] == (100, 20, 20, 20, 4.)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def table(folder):
+    with open(folder / "results.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def masks_in(folder):
+    return {path.stem: common.load_mask(path)["masks"] for path in folder.glob("r*.pt")}
+
+
+def same_masks(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[r][n], other[r][n]) for r in one for n in one[r])
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """prune.py's main in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: prune.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of three rounds on the digits, all subnetworks evaluated."""
+    folder = tmp_path_factory.mktemp("finished")
+    subprocess.run([sys.executable, ROOT / "prune.py", *map(str, QUICK), "--rounds", "3", "--evaluate", "--out", folder / "masks"],
+                   check=True, cwd=folder)
+    return folder / "masks"
+
+
+def test_a_run_leaves_masks_results_and_pictures(finished):
+    rows = table(finished)
+    assert {p.name for p in finished.iterdir()} == {"r0.pt", "r1.pt", "r2.pt", "r3.pt", "results.csv", "config.json", "prune.png"}
+    assert [float(r["sparsity"]) for r in rows] == pytest.approx([0, .2, .36, .488], abs=.002)
+    assert [int(r["training_points"]) for r in rows] == [0, 400, 800, 1200]
+    assert all(0 < float(r["test_accuracy"]) <= 1 for r in rows)
+
+
+def test_mask_files_are_self_contained(finished):
+    ticket = torch.load(finished / "r3.pt", weights_only=True)
+    network = common.build_network(ticket["config"], ticket["config"]["seed"])
+    assert ticket["format"] == common.MASK_FORMAT and ticket["round"] == 3 and ticket["sparsity"] == common.sparsity(ticket["masks"])
+    assert all(torch.equal(value, ticket["init"][name]) for name, value in network.state_dict().items())
+
+
+def test_killed_run_goes_on_and_ends_with_the_same_masks(finished, tmp_path, run):
+    command = [sys.executable, ROOT / "prune.py", *map(str, QUICK), "--rounds", "3", "--evaluate", "--out", tmp_path / "masks"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "masks" / "r1.pt").exists():
+        time.sleep(.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = (tmp_path / "masks" / "r1.pt").stat().st_mtime_ns
+    run(*command[2:])
+    assert same_masks(masks_in(tmp_path / "masks"), masks_in(finished))
+    assert [r["test_accuracy"] for r in table(tmp_path / "masks")] == [r["test_accuracy"] for r in table(finished)]
+    assert (tmp_path / "masks" / "r0.pt").stat().st_mtime_ns <= first
+
+
+def test_one_seed_fixes_everything_and_another_changes_it(finished, tmp_path, run):
+    run(*QUICK, "--rounds", 2, "--seeds", 0, 1, "--out", "masks")
+    zero, one = masks_in(tmp_path / "masks" / "seed0"), masks_in(tmp_path / "masks" / "seed1")
+    assert same_masks(zero, {r: m for r, m in masks_in(finished).items() if r != "r3"})
+    assert not same_masks(zero, one)
+
+
+def test_another_command_into_the_folder_is_refused_and_named(finished, run):
+    with pytest.raises(common.UserError, match="lr 0.02 -> 0.5"):
+        run(*QUICK, "--rounds", 3, "--lr", .5, "--out", finished)
+
+
+def test_more_rounds_continue_a_run(finished, tmp_path, run):
+    for rounds in (1, 2):
+        run(*QUICK, "--rounds", rounds, "--out", "masks")
+    assert same_masks(masks_in(tmp_path / "masks"), {r: m for r, m in masks_in(finished).items() if r != "r3"})
+
+
+def test_random_masks_and_subset(tmp_path, run):
+    run(*QUICK[:2], "--data", "random", "--width", 4, "--rounds", 2, "--out", "random")
+    run(*QUICK[:2], "--data", "subset", "--ipc", 3, *QUICK[4:], "--rounds", 2, "--out", "subset")
+    assert [int(r["training_points"]) for r in table(tmp_path / "subset")] == [0, 60, 120]
+    assert [r["sparsity"] for r in table(tmp_path / "random")] == [r["sparsity"] for r in table(tmp_path / "subset")]
+    kept = masks_in(tmp_path / "random")["r2"]["conv2.weight"].float().mean().item()
+    assert abs(kept - .64) < .15  # random masks do not favour a layer
+
+
+def test_start_goes_on_from_a_mask_and_rewind_moves_the_initial_state(finished, tmp_path, run):
+    run(*QUICK, "--start", finished / "r2.pt", "--rounds", 3, "--out", "on")
+    assert [int(r["round"]) for r in table(tmp_path / "on")] == [2, 3]
+    start, end = masks_in(finished)["r2"], masks_in(tmp_path / "on")["r3"]
+    assert all((end[name] <= start[name]).all() for name in start)
+    run(*QUICK, "--rewind", 1, "--rounds", 1, "--out", "late")
+    assert [int(r["training_points"]) for r in table(tmp_path / "late")] == [200, 600]
+    late = common.load_mask(tmp_path / "late" / "r1.pt")["init"]
+    assert not torch.equal(late["conv1.weight"], common.load_mask(finished / "r1.pt")["init"]["conv1.weight"])
+
+
+def test_start_takes_a_torch_prune_state_dict(tmp_path, run):
+    layers = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Linear(4, 10))
+    for layer in layers:
+        torch_prune.random_unstructured(layer, "weight", amount=.5)
+    torch.save(layers.state_dict(), tmp_path / "theirs.pt")
+    run(*QUICK, "--start", "theirs.pt", "--rounds", 1, "--out", "masks")
+    ours = common.load_mask(tmp_path / "masks" / "r0.pt")
+    assert torch.equal(ours["masks"]["conv2.weight"], layers[1].weight_mask.bool())
+    assert torch.equal(ours["init"]["linear.weight"], layers[3].weight_orig)
+
+
+def test_plot_and_compare(finished, tmp_path, run, capsys):
+    run(*QUICK[:2], "--data", "random", "--width", 4, "--rounds", 3, "--out", "random")
+    run("--plot", finished, "random", "--out", "figures")
+    run("--compare", finished, "random", "--out", "figures")
+    assert "expected" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"prune.png", "compare.csv", "compare.png"}
+
+
+def test_a_script_and_common_alone_work_in_an_empty_folder(tmp_path):
+    for name in ("prune.py", "common.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    done = subprocess.run([sys.executable, "prune.py", *map(str, QUICK), "--rounds", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--rate", 0), "--rate 0"), (("--rate", 1), "--rate 1"), (("--rate", -.1), "--rate"), (("--rounds", 0), "'0'"),
+    (("--rounds", -3), "'-3'"), (("--dataset", "nowhere"), "nowhere"), (("--ipc", 7), "ipc 7"),
+    (("--dataset", "cifar10", "--data", "real", "--data-dir", "empty"), "--dataset digits"), (("--model", "vgg"), "vgg"),
+    (("--start", "missing.pt"), "missing.pt"), (("--distilled", "missing.pt"), "missing.pt"), (("--width", "x"), "'x'"),
+    (("--rewind", -1), "--rewind -1"), (("--plot", "nothing"), "nothing"), (("--compare", "a", "b"), "in common")])
+def test_bad_input_is_named_before_anything_is_written(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no download
+    with pytest.raises(common.UserError, match=re.escape(message)):
+        prune.main([str(a) for a in arguments])
+    assert not (tmp_path / "masks").exists()
+
+
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(refused):
+    assert refused("prune.py", "--rate", 2) == "error: --rate 2: must lie between 0 and 1, both excluded"
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04"])
+def test_files_that_are_no_masks(content, run, tmp_path):
+    (tmp_path / "bad.pt").write_bytes(content)
+    with pytest.raises(common.UserError, match="bad.pt"):
+        run(*QUICK, "--start", "bad.pt")
+
+
+def test_mask_of_another_network(finished, run):
+    with pytest.raises(common.UserError, match="another network"):
+        run(*QUICK, "--start", finished / "r1.pt", "--model", "resnet10", "--out", "masks")
+
+
+def test_a_loss_that_becomes_nan_names_round_epoch_and_step(run, tmp_path):
+    with pytest.raises(common.UserError, match=r"round 1: .* epoch \d+, step \d+"):
+        run(*QUICK, "--norm", "none", "--lr", 1e8)
+    assert (tmp_path / "masks" / "r0.pt").exists() and not (tmp_path / "masks" / "r1.pt").exists()
+
+
+def test_full_disk_leaves_finished_rounds_intact(tmp_path):
+    # A file size limit of the process acts like a full disk: r0.pt fits, the pictures do not.
+    command = f"ulimit -f 24; exec {sys.executable} {ROOT / 'prune.py'} {' '.join(map(str, QUICK))} --rounds 2"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot write" in done.stderr and "Traceback" not in done.stderr
+    assert len(masks_in(tmp_path / "masks")) == 3 and not list((tmp_path / "masks").glob(".*"))
