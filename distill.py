@@ -1,29 +1,31 @@
 """Distil a dataset into a few synthetic images a class, and measure what such a set is worth.
 
-    python distill.py --dataset cifar10 --ipc 10        makes distilled/cifar10_ipc10/{data.pt, sheet.png, config.json}
-    python distill.py --evaluate PATH --dataset cifar10 --ipc 10 --repeats 3
-                                                        trains networks from scratch on a set, its own or published
+    python distill.py --dataset cifar10 --ipc 10           -> distilled/cifar10_ipc10/{data.pt, sheet.png, config.json}
+    python distill.py --evaluate PATH --ipc 10 --repeats 3    accuracy of networks trained from scratch on a set
 
-Every stored image holds factor x factor tiles (IDC's multi-formation), so --ipc 10 --factor 2 trains on 40 images a
-class. All methods start from real images, made small and tiled; --method says how they are then optimised:
+A stored image holds factor x factor tiles (multi-formation), so --ipc 10 --factor 2 trains on 40 images a class. Every
+method starts from real images, made small and tiled; --method says what then becomes of them:
 
-    select   not at all
-    dm       distribution matching (Zhao & Bilen 2023): mean embeddings of real and synthetic images agree, in
-             networks drawn at random
-    idm      the same in networks on their way through training on real data, with a cross-entropy term (improved
-             distribution matching, Zhao et al. 2023). The default on a CPU
-    idc      gradient matching in networks on their way through training (Kim et al. 2022), as the paper's data was
-             made. The default with CUDA
+    select   nothing
+    dm       distribution matching (Zhao & Bilen 2023): the mean embeddings of real and synthetic images are made equal,
+             in networks drawn at random
+    idm      the same in networks on their way through training on real data, which must also recognise the synthetic
+             images (improved distribution matching, Zhao et al. 2023); the default on a CPU
+    idc      the gradients of real and synthetic images are made equal, in networks on their way through training
+             (Kim et al. 2022), as the paper's data was made; the default with CUDA, days on a CPU
 
-The same command again goes on where an interrupted run stopped and ends with the same set.
+data.pt, for prune.py --distilled, holds [images in [0, 1], labels]; sheet.png shows the same images, a row a class, and
+is read just as well. The same command again goes on where an interrupted run stopped and ends with the same set.
 """
 import io
+import math
 import shlex
+import statistics
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -31,14 +33,17 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from common import UserError, random_stream
+from common import UserError, positive, random_stream
 
-METHODS = {
-    "select": dict(outer=0, inner=0, network_images=0, real_images=0, image_lr=0.),
-    "dm": dict(outer=2000, inner=1, network_images=0, real_images=64, image_lr=.005),
-    "idm": dict(outer=100, inner=40, network_images=256, real_images=64, image_lr=.005),
-    "idc": dict(outer=2000, inner=100, network_images=2000, real_images=64, image_lr=.005),
+SETTINGS = {  # of the methods; idc: Kim et al.'s for CIFAR
+    "select": dict(outer=0, inner=1),
+    "dm": dict(outer=1000, inner=1, image_lr=.01, width=32),
+    "idm": dict(outer=12, inner=60, network_images=256, cross_entropy=.3, synthetic_images=64, image_lr=.01, width=32),
+    "idc": dict(outer=2000, inner=100, network_images=2000, image_lr=.005, metric="mse"),
 }
+IDC_IMAGENET = dict(outer=500, inner=100, network_images=500, image_lr=.003, metric="l1", pretrain=10, model="resnet10ap")
+DEFAULTS = dict(model="convnet3", width=None, norm="instance", real_images=64, synthetic_images=128, network_images=0,
+                pretrain=0, cross_entropy=0., metric="mse", image_lr=0.)
 
 #############################################
 #             Synthetic images              #
@@ -46,34 +51,71 @@ METHODS = {
 
 
 def encode_tiles(images, factor):
-    """The inverse of common.decode_tiles: images [ipc * factor**2, C, H, W], made small, as tiles of [ipc, C, H, W]."""
+    """images [ipc * factor**2, C, H, W] of one class, made small, as the tiles of [ipc, C, H, W]. In the order of
+    common.decode_tiles, whose inverse this is up to the loss of resolution."""
     size = images.shape[-1]
-    tile = -(-size // factor)
+    tile = math.ceil(size / factor)
     tiles = F.interpolate(images, size=(tile, tile), mode="bilinear", antialias=True, align_corners=False)
-    rows = tiles.unflatten(0, (factor, factor, -1)).permute(2, 3, 0, 4, 1, 5)
-    return rows.flatten(4, 5).flatten(2, 3)[:, :, :size, :size].clamp(0, 1)
+    canvas = tiles.unflatten(0, (factor, factor, -1)).permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)
+    return canvas[:, :, :size, :size]
 
 
-def members(split, label):
-    return (split.labels == label).nonzero().squeeze(1)
+def class_members(real, config):
+    """Indices of the real images of every class. Raises UserError when a class has too few."""
+    members = [(real.labels == label).nonzero().squeeze(1) for label in range(config["num_classes"])]
+    label, fewest = min(enumerate(map(len, members)), key=lambda pair: pair[1])
+    ipc, factor = config["ipc"], config["factor"]
+    if factor > config["image_size"]:
+        raise UserError(f"--factor {factor} cuts images of {config['image_size']} pixels into tiles of less than one")
+    if fewest < ipc * factor ** 2:
+        raise UserError(f"class {label} has {fewest} training images; --ipc {ipc} --factor {factor} starts from "
+                        f"{ipc * factor ** 2}")
+    return members
 
 
-def initial_images(real, config, stream):
-    """Random real images of every class as tiles: [classes, ipc, C, H, W] in [0, 1]."""
-    count = config["ipc"] * config["factor"] ** 2
-    images = []
-    for label in range(config["num_classes"]):
-        own = members(real, label)
-        chosen = own[torch.randperm(len(own), generator=stream)[:count]]
-        images.append(encode_tiles(real.images[chosen].float() / 255, config["factor"]))
-    return torch.stack(images)
+def select(real, members, config):
+    """Random real images of every class as tiles: [classes, ipc, C, H, W] in [0, 1]. `members`: their indices by class."""
+    count, stream = config["ipc"] * config["factor"] ** 2, random_stream(config["seed"], "select")
+    chosen = [own[torch.randperm(len(own), generator=stream)[:count]] for own in members]
+    return torch.stack([encode_tiles(real.images[index].float() / 255, config["factor"]) for index in chosen]).clamp(0, 1)
 
 
 def decode(images, real, factor):
-    """Stored images [ipc, C, H, W] of one class -> what a network sees: [ipc * factor**2, C, H, W], normalised."""
+    """What a network sees of the stored images [ipc, C, H, W] of one class: [ipc * factor**2, C, H, W], normalised."""
     mean, std = (images.new_tensor(v).view(-1, 1, 1) for v in (real.mean, real.std))
     tiles, _ = common.decode_tiles(images, torch.zeros(len(images), dtype=torch.long), factor)
     return (tiles - mean) / std
+
+
+#############################################
+#                 Networks                  #
+#############################################
+
+
+def draw_network(config, number, device):
+    """The `number`-th network to match in. `resnet10ap` is IDC's: resnet10 with average pooling."""
+    model = config["model"].removesuffix("ap")
+    network = common.build_network(config | {"model": model}, seed=config["seed"] * 1_000_003 + number).to(device)
+    return average_pooled(network) if model != config["model"] else network
+
+
+def average_pooled(network):
+    """Turn the strides and the max pooling of a ResNet into average pooling (Kim et al. 2022, ResNetAP)."""
+    if network.conv1.stride == (2, 2):
+        network.conv1.stride, network.pool1 = (1, 1), nn.AvgPool2d(4)
+    for block in network.modules():
+        if isinstance(block, common.BasicBlock) and block.conv1.stride == (2, 2):
+            block.conv1.stride = block.shortcut.conv.stride = (1, 1)
+            block.relu1 = nn.Sequential(block.relu1, nn.AvgPool2d(2))
+            block.shortcut = nn.Sequential(block.shortcut.conv, nn.AvgPool2d(2), block.shortcut.norm)
+    return network
+
+
+def train_network(network, real, config, images, stream, momenta=None):
+    """Train on `images` random real images, at the constant learning rate a schedule of 3 epochs begins with."""
+    recipe = common.Recipe(3, augment=config["augment"], cutmix=config["cutmix"], flip=config["flip"])
+    batch = real.subset(torch.randint(len(real), (images,), generator=stream))
+    return common.train(network, batch, recipe, stream, span=(0, 1), momenta=momenta).momenta
 
 
 #############################################
@@ -81,43 +123,129 @@ def decode(images, real, factor):
 #############################################
 
 
-def embedding_distance(network, real, synthetic, label, config):
-    """Squared distance of the mean embeddings of two batches (Zhao & Bilen 2023, Eq. 5)."""
-    embed = nn.Sequential(*list(network.children())[:-1])
+def gradient_distance(network, real, synthetic, label, metric="mse"):
+    """Distance of the loss gradients of two batches [N, C, H, W] and [M, C, H, W] of one class (Kim et al. 2022, Eq. 3).
+
+    Over the weights of the convolutions, as in their code; `metric` mse sums squared differences, l1 absolute ones.
+    """
+    weights = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)]
+
+    def gradient(images, create_graph=False):
+        loss = F.cross_entropy(network(images), torch.full((len(images),), label, device=images.device))
+        return torch.autograd.grad(loss, weights, create_graph=create_graph)
+
+    differences = torch._foreach_sub(gradient(synthetic, create_graph=True), gradient(real))
+    return sum(d.square().sum() if metric == "mse" else d.abs().sum() for d in differences)
+
+
+def embedding_distance(network, real, synthetic, label, cross_entropy=0.):
+    """Squared distance of the mean embeddings of two batches of one class (Zhao & Bilen 2023, Eq. 5), and
+    `cross_entropy` times the loss of the network on the synthetic one (Zhao et al. 2023, Eq. 8)."""
+    *layers, linear = network.children()
+    embed = nn.Sequential(*layers)
     with torch.no_grad():
         goal = embed(real).mean(0)
     embedding = embed(synthetic)
-    return (embedding.mean(0) - goal).square().sum()
+    distance = (embedding.mean(0) - goal).square().sum()
+    if cross_entropy:
+        labels = torch.full((len(synthetic),), label, device=synthetic.device)
+        distance = distance + cross_entropy * F.cross_entropy(linear(embedding), labels)
+    return distance
 
 
-def distill(real, config, out):
-    """Optimise synthetic images [classes, ipc, C, H, W] of the split `real`."""
-    seed = config["seed"]
-    images = initial_images(real, config, random_stream(seed, "init")).requires_grad_()
-    optimizer = torch.optim.Adam([images], lr=config["image_lr"], betas=(.5, .95))
-    bar = tqdm(range(config["outer"] * config["inner"]), desc=config["method"], disable=None)
-    start = time.monotonic()
-    for outer in range(config["outer"]):
-        network = common.build_network(config, seed * 1_000_003 + outer)
-        for inner in range(config["inner"]):
-            stream = random_stream(seed, "iteration", outer, inner)
-            optimizer.zero_grad()
-            total = 0
-            for label in range(config["num_classes"]):
-                own = members(real, label)
-                batch, _ = real.batch(own[torch.randperm(len(own), generator=stream)[:config["real_images"]]])
-                draw = common.draw_dsa(stream, config["flip"])
-                synthetic = common.dsa(decode(images[label], real, config["factor"]), draw)
-                loss = embedding_distance(network, common.dsa(batch, draw), synthetic, label, config)
-                loss.backward(inputs=[images])
-                total += loss.item()
-            optimizer.step()
-            images.data.clamp_(0, 1)
-            bar.update()
-            bar.set_postfix(loss=f"{total:.4g}")
-            if time.monotonic() - start > 60 * config["budget"]:
-                return images.detach()
-    return images.detach()
+def match(network, images, real, members, config, stream):
+    """Add the gradient of the matching loss to images.grad, class by class, and return the mean loss of a class.
+
+    The batches of a class share one draw of the augmentation (Zhao & Bilen 2021).
+    """
+    total = 0.
+    for label, own in enumerate(members):
+        batch, _ = real.batch(own[torch.randint(len(own), (config["real_images"],), generator=stream)])
+        synthetic = decode(images[label], real, config["factor"])
+        synthetic = synthetic[torch.randperm(len(synthetic), generator=stream)[:config["synthetic_images"]]]
+        draw = common.draw_dsa(stream, config["flip"])
+        pair = common.dsa(batch, draw), common.dsa(synthetic, draw)
+        if config["method"] == "idc":
+            loss = gradient_distance(network, *pair, label, config["metric"])
+        else:
+            loss = embedding_distance(network, *pair, label, config["cross_entropy"])
+        loss.backward(inputs=[images])
+        total += loss.item()
+    return total / len(members)
+
+
+#############################################
+#               Distillation                #
+#############################################
+
+
+@dataclass
+class Run:
+    """What a run goes on from."""
+
+    images: torch.Tensor  # [classes, ipc, C, H, W] in [0, 1]
+    optimizer: torch.optim.Optimizer
+    network: nn.Module = None  # matched in at present, with the momenta of its training
+    momenta: list = None
+    losses: list = field(default_factory=list)  # one an iteration
+    minutes: float = 0.
+
+
+def begin(real, members, config):
+    """A run at its first iteration. SGD for idc, as in its code: the learning rate grows with ipc; Adam needs no scaling."""
+    images = select(real, members, config).requires_grad_()
+    if config["method"] == "idc":
+        return Run(images, torch.optim.SGD([images], lr=config["image_lr"] * config["ipc"] / 10, momentum=.5))
+    return Run(images, torch.optim.Adam([images], lr=config["image_lr"], betas=(.5, .95)))
+
+
+def step(run, real, members, config):
+    """One iteration: a new network every `inner` iterations, the images a step closer, the network a step further."""
+    iteration = len(run.losses)
+    stream = random_stream(config["seed"], "iteration", iteration)
+    if iteration % config["inner"] == 0:
+        run.network, run.momenta = draw_network(config, iteration // config["inner"], run.images.device), None
+        if config["pretrain"]:
+            run.momenta = train_network(run.network, real, config, config["pretrain"] * len(real), stream)
+    run.optimizer.zero_grad()
+    loss = match(run.network, run.images, real, members, config, stream)
+    if not math.isfinite(loss):
+        raise UserError(f"the matching loss became {loss} at iteration {iteration}; try a lower --image-lr than "
+                        f"{config['image_lr']:g}; --out holds the set of a minute ago")
+    run.optimizer.step()
+    run.images.data.clamp_(0, 1)
+    if config["network_images"]:
+        run.momenta = train_network(run.network, real, config, config["network_images"], stream, run.momenta)
+    run.losses.append(loss)
+
+
+def distill(real, config, out, budget=math.inf):
+    """Distil the split `real` into config["ipc"] images a class; returns the Run.
+
+    Every minute the set so far goes to the folder `out`, from where the same call goes on. `budget`: minutes, of this
+    call and those it goes on from. Raises UserError on a loss that is not finite; the last good set stays in `out`.
+    """
+    members = class_members(real, config)
+    run = begin(real, members, config)
+    resume(run, out, config)
+    total, start, saved = config["outer"] * config["inner"], time.monotonic() - 60 * run.minutes, time.monotonic()
+    bar = tqdm(total=total, initial=len(run.losses), desc=config["method"], disable=None)
+    while len(run.losses) < total and run.minutes < budget:
+        step(run, real, members, config)
+        run.minutes = (time.monotonic() - start) / 60
+        bar.set_postfix(loss=f"{run.losses[-1]:.4g}", minutes=f"{run.minutes:.1f}/{budget:g}")
+        bar.update()
+        if time.monotonic() - saved > 60:
+            save_run(run, out, config)
+            saved = time.monotonic()
+    bar.close()
+    save_run(run, out, config)
+    return run
+
+
+#############################################
+#                   Files                   #
+#############################################
 
 
 def contact_sheet(images):
@@ -129,28 +257,132 @@ def contact_sheet(images):
     return buffer.getvalue()
 
 
+def save_run(run, out, config):
+    """The set as data.pt and sheet.png, both 8 bits deep, and checkpoint.pt to go on from."""
+    images = run.images.detach().cpu()
+    labels = torch.arange(len(images)).repeat_interleave(config["ipc"])
+    common.save(out / "data.pt", [(images * 255).round().div(255).flatten(0, 1), labels])
+    common.write_atomically(out / "sheet.png", contact_sheet(images))
+    common.save(out / "checkpoint.pt", {
+        "config": config, "images": images, "optimizer": run.optimizer.state_dict(), "momenta": run.momenta,
+        "network": run.network.state_dict() if run.network else None, "losses": run.losses, "minutes": run.minutes})
+
+
+def resume(run, out, config):
+    """Set `run` to the checkpoint in `out`, if there is one. Raises UserError when it is of another run."""
+    if not (out / "checkpoint.pt").exists():
+        return
+    saved = common.load(out / "checkpoint.pt", run.images.device)
+    differing = [key for key, value in config.items() if saved["config"].get(key) != value]
+    if differing:
+        raise UserError(f"{out} holds a run with another {', '.join(differing)}; give another --out")
+    run.images.data.copy_(saved["images"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.losses, run.minutes, run.momenta = saved["losses"], saved["minutes"], saved["momenta"]
+    if saved["network"]:
+        run.network = draw_network(config, 0, run.images.device)
+        run.network.load_state_dict(saved["network"])
+
+
+#############################################
+#                Evaluation                 #
+#############################################
+
+
+def evaluate(distilled, test, config, recipe, repeats):
+    """Test accuracies of `repeats` networks trained from scratch on a distilled split: the measure of such a set."""
+    accuracies = []
+    bar = tqdm(total=repeats * recipe.epochs, desc="evaluating", disable=None)
+    for repeat in range(repeats):
+        network = common.build_network(config, seed=repeat).to(distilled.images.device)
+        common.train(network, distilled, recipe, random_stream(repeat, "evaluate"), progress=lambda *_: bar.update())
+        accuracies.append(common.evaluate(network, test).accuracy)
+    bar.close()
+    return accuracies
+
+
+def report(path, accuracies, distilled, config, recipe):
+    """Print the row of a distilled set and return what config.json keeps of it."""
+    mean = statistics.mean(accuracies)
+    std = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.
+    network = f"{config['model']}, width {config['width'] or 'full'}"
+    print(f"{'set':<40} {'images':>7} {'network':<22} {'epochs':>6}  test accuracy")
+    print(f"{str(path):<40} {len(distilled):>7} {network:<22} {recipe.epochs:>6}  "
+          f"{100 * mean:.2f} +- {100 * std:.2f}% of {len(accuracies)}")
+    return {"mean": mean, "std": std, "values": accuracies, "network": network, **recipe._asdict()}
+
+
+#############################################
+#                   Main                    #
+#############################################
+
+
+def settings(args, image_size):
+    """The settings of the method on images of this size, and the flags given over them."""
+    published = IDC_IMAGENET if args.method == "idc" and image_size > 64 else SETTINGS[args.method]
+    given = {key: getattr(args, key) for key in DEFAULTS if getattr(args, key) is not None}
+    return DEFAULTS | published | given
+
+
 def main():
     parser = common.Parser(__doc__)
     flag = parser.add_argument
-    flag("--dataset", default="cifar10")
-    flag("--data-dir", default="data")
-    flag("--ipc", type=common.positive, default=10)
-    flag("--factor", type=common.positive, default=2)
-    flag("--method", choices=METHODS, default="dm")
-    flag("--width", type=common.positive)
-    flag("--budget", type=float, default=1e9, metavar="MINUTES")
+    flag("--dataset", default="cifar10", help="name or folder, as in prune.py (cifar10)")
+    flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
+    flag("--ipc", type=positive, default=10, help="stored images per class (10)")
+    flag("--factor", type=positive, help="tiles along a side of a stored image (2; digits 1, imagenet10 3)")
+    flag("--method", choices=SETTINGS, help="(idc with CUDA, else idm)")
     flag("--seed", type=int, default=0)
-    flag("--out", required=True)
+    flag("--out", type=Path, help="folder (distilled/<dataset>_ipc<ipc>)")
+    flag("--budget", type=float, default=math.inf, metavar="MINUTES", help="stop then, keeping the set so far")
+    flag("--device", help="(cuda when there is one, else cpu)")
+    flag = parser.add_argument_group("settings of the method", "the defaults are the method's; idc: those of its paper "
+                                     "for CIFAR, and for ImageNet-10 on images above 64 pixels").add_argument
+    flag("--outer", type=positive, help="networks matched in, one after the other")
+    flag("--inner", type=positive, help="iterations with each")
+    flag("--image-lr", type=float, help="step of the images; idc multiplies it by ipc / 10")
+    flag("--metric", choices=("mse", "l1"), help="between gradients (idc)")
+    flag("--cross-entropy", type=float, help="weight of the loss on synthetic images (idm)")
+    flag("--real-images", type=positive, help="real images of a class matched in an iteration (64)")
+    flag("--synthetic-images", type=positive, help="decoded images of a class matched in an iteration, at most (128)")
+    flag("--network-images", type=int, help="real images the network is trained on after every iteration")
+    flag("--pretrain", type=int, help="epochs of training on real data before the first iteration")
+    flag("--model", help="network: convnet3, resnet10, resnet18, or resnet10ap with IDC's average pooling")
+    flag("--width", type=positive, help="its channels in the first layer (idc: full; dm, idm: 64)")
+    flag("--norm", choices=("instance", "batch", "none"), help="its normalisation (instance)")
+    flag = parser.add_argument_group("evaluation").add_argument
+    flag("--evaluate", type=Path, metavar="PATH", help="only measure this set: any format prune.py --distilled reads")
+    flag("--repeats", type=int, default=2, help="networks trained from scratch on the set; 0: do not measure (2)")
+    flag("--epochs", type=positive, help="of their training (1000; on a CPU what sees 60,000 images, at most 1000)")
+    flag("--eval-width", type=positive, help="their channels in the first layer (full)")
     args = parser.parse_args()
-    config = METHODS[args.method] | vars(args) | dict(model="convnet3")
-    real, test = common.load_real(config, args.data_dir)
-    images = distill(real, config, args.out)
-    out = Path(args.out)
-    common.write_atomically(out / "sheet.png", contact_sheet(images))
-    command = shlex.join(["python", *sys.argv])
-    common.save(out / "config.json", config | dict(command=command))
-    images = (images * 255).round() / 255
-    common.save(out / "data.pt", [images.flatten(0, 1), torch.arange(len(images)).repeat_interleave(args.ipc)])
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    args.method = args.method or ("idc" if device.type == "cuda" else "idm")
+    config = {"dataset": args.dataset, "ipc": args.ipc, "method": args.method, "seed": args.seed}
+    real, test = common.load_real(config, args.data_dir, device)
+    large = config["image_size"] > 64
+    config |= {"augment": "imagenet", "cutmix": 1.} if large else {"augment": "dsa", "cutmix": .5}
+    config |= settings(args, config["image_size"])
+    path = args.evaluate
+    if not path:
+        config["factor"] = args.factor or {"digits": 1, "imagenet10": 3}.get(args.dataset, 2)
+        out = args.out or Path("distilled") / f"{Path(args.dataset).name}_ipc{args.ipc}"
+        run = distill(real, config, out, args.budget)
+        path = out / "data.pt"
+        result = config | {"command": shlex.join(["python", *sys.argv]), "iterations": len(run.losses),
+                           "minutes": round(run.minutes, 1)}
+        common.save(out / "config.json", result)
+    if not args.repeats:
+        return
+    dataset = common.Dataset(*(config[key] for key in ("channels", "image_size", "num_classes")), real.mean, real.std)
+    distilled = common.load_distilled(path, dataset, args.ipc, args.factor, device)
+    epochs = args.epochs or (1000 if device.type == "cuda" else min(1000, max(1, 60_000 // len(distilled))))
+    recipe = common.recipe_of(config, epochs)
+    config["width"] = args.eval_width
+    accuracy = report(path, evaluate(distilled, test, config, recipe, args.repeats), distilled, config, recipe)
+    if not args.evaluate:
+        common.save(out / "config.json", result | {"accuracy": accuracy})
 
 
 if __name__ == "__main__":
