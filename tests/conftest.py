@@ -17,7 +17,7 @@ def script(tmp_path):
 
     def run(name, *arguments, **options):
         command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    XX        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, **options)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, **options)
 
     return run
 
