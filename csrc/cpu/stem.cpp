@@ -1,0 +1,197 @@
+// conv_norm_relu_pool: a stride-1 convolution of few input channels (an image's), instance norm, ReLU and 2x2 average
+// pooling. The convolution's output, the largest activation of a network, never leaves the cache: a thread computes one
+// image's group of 16 channels, normalises and pools it; the backward pass computes it again instead of storing it.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+#include "../checks.h"
+#include "norm_group.h"
+
+namespace lottery {
+namespace {
+
+constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
+constexpr int kRun = 4;   // neighbouring positions whose sums are held in registers
+constexpr int kTaps = 6;  // taps whose weight gradients are held in registers
+
+template <class A>
+struct Vec {  // half a group of channels
+  typedef A type __attribute__((vector_size(kGroup / 2 * sizeof(A)), aligned(sizeof(A))));
+};
+
+// The image with its padding, and where in it each tap of the kernel looks.
+template <class A>
+struct Padded {
+  std::vector<A> pixels;      // [I, H + 2 padding, W + 2 padding]
+  std::vector<int64_t> taps;  // [I * h * w]
+  int64_t planes, height, width, padding;
+
+  Padded(int64_t planes, int64_t height, int64_t width, int64_t h, int64_t w, int64_t padding)
+      : planes(planes), height(height + 2 * padding), width(width + 2 * padding), padding(padding) {
+    pixels.resize(planes * this->height * this->width);
+    for (int64_t i = 0; i < planes; ++i)
+      for (int64_t y = 0; y < h; ++y)
+        for (int64_t x = 0; x < w; ++x) taps.push_back((i * this->height + y) * this->width + x);
+  }
+
+  void load(const A* image) {
+    const int64_t inner = width - 2 * padding;
+    for (int64_t i = 0; i < planes; ++i)
+      for (int64_t y = padding; y < height - padding; ++y, image += inner)
+        std::copy(image, image + inner, &pixels[(i * height + y) * width + padding]);
+  }
+};
+
+// out[y, x, :] = sum over taps of image[y, x + tap] * kernel[tap, :], 16 channels. A row's last run may overlap the one before.
+template <class A, int run>
+INLINE void convolve(const Padded<A>& image, const A* kernel, Plane plane, A* out) {
+  using V = typename Vec<A>::type;
+  const int64_t taps = image.taps.size();
+  for (int64_t y = 0; y < plane.height; ++y)
+    for (int64_t start = 0; start < plane.width; start += run) {
+      const int64_t x = std::min(start, plane.width - run);
+      const A* pixel = &image.pixels[y * image.width + x];
+      V sum[run][2] = {};
+      for (int64_t t = 0; t < taps; ++t) {
+        const V low = *(const V*)(kernel + t * kGroup), high = *(const V*)(kernel + t * kGroup + kGroup / 2);
+        const A* p = pixel + image.taps[t];
+        for (int i = 0; i < run; ++i) sum[i][0] += p[i] * low, sum[i][1] += p[i] * high;
+      }
+      V* to = (V*)(out + (y * plane.width + x) * kGroup);
+      for (int i = 0; i < run; ++i) to[2 * i] = sum[i][0], to[2 * i + 1] = sum[i][1];
+    }
+}
+
+// dkernel[tap, :] += sum over positions of image[y, x + tap] * grad[y, x, :], for `count` taps from `first`
+template <class A, int count>
+INLINE void correlate(const Padded<A>& image, const A* grad, Plane plane, int64_t first, A* dkernel) {
+  using V = typename Vec<A>::type;
+  V sum[count][2] = {};
+  const A* tap[count];
+  for (int t = 0; t < count; ++t) tap[t] = &image.pixels[image.taps[first + t]];
+  for (int64_t y = 0; y < plane.height; ++y)
+    for (int64_t x = 0; x < plane.width; ++x) {
+      const V *g = (const V*)(grad + (y * plane.width + x) * kGroup), low = g[0], high = g[1];
+      for (int t = 0; t < count; ++t) {
+        const A pixel = tap[t][y * image.width + x];
+        sum[t][0] += pixel * low, sum[t][1] += pixel * high;
+      }
+    }
+  V* to = (V*)(dkernel + first * kGroup);
+  for (int t = 0; t < count; ++t) to[2 * t] += sum[t][0], to[2 * t + 1] += sum[t][1];
+}
+
+template <class A>
+INLINE void convolve_any(const Padded<A>& image, const A* kernel, Plane plane, A* out) {
+  plane.width < kRun ? convolve<A, 1>(image, kernel, plane, out) : convolve<A, kRun>(image, kernel, plane, out);
+}
+
+template <class A>
+CLONES void forward(const Padded<A>& image, const A* kernel, Plane plane, int64_t channels, int n, Affine<A> affine, A eps,
+                    A* scratch, A* pooled, A* mean, A* rstd) {
+  convolve_any(image, kernel, plane, scratch);
+  A group_mean[kGroup], group_rstd[kGroup];
+  statistics(scratch, kGroup, plane, kGroup, eps, group_mean, group_rstd);
+  std::copy_n(group_mean, n, mean);
+  std::copy_n(group_rstd, n, rstd);
+  n == kGroup ? normalise_and_pool(scratch, kGroup, plane, kGroup, mean, rstd, affine, pooled, channels)
+              : normalise_and_pool(scratch, kGroup, plane, n, mean, rstd, affine, pooled, channels);
+}
+
+template <class A>
+CLONES void backward(const Padded<A>& image, const A* kernel, Plane plane, int64_t channels, int n, Affine<A> affine,
+                     const A* mean, const A* rstd, const A* grad, A* scratch, A* dkernel, A* dweight, A* dbias) {
+  convolve_any(image, kernel, plane, scratch);
+  A share[2][kGroup];
+  n == kGroup ? pool_and_norm_backward(grad, channels, scratch, scratch, kGroup, plane, kGroup, mean, rstd, affine, share[0], share[1])
+              : pool_and_norm_backward(grad, channels, scratch, scratch, kGroup, plane, n, mean, rstd, affine, share[0], share[1]);
+  for (int c = 0; c < n; ++c) dweight[c] += share[0][c], dbias[c] += share[1][c];
+  const int64_t taps = image.taps.size();
+  int64_t t = 0;
+  for (; t + kTaps <= taps; t += kTaps) correlate<A, kTaps>(image, scratch, plane, t, dkernel);
+  for (; t < taps; ++t) correlate<A, 1>(image, scratch, plane, t, dkernel);
+}
+
+// kernel [C, I, h, w] as [groups of 16 channels, taps, 16], the last group filled up with zeros
+Tensor grouped(const Tensor& kernel) {
+  const int64_t channels = kernel.size(0), taps = kernel.numel() / channels, groups = (channels + kGroup - 1) / kGroup;
+  Tensor padded = at::zeros({groups * kGroup, taps}, kernel.options());
+  padded.slice(0, 0, channels).copy_(kernel.reshape({channels, taps}));
+  return padded.view({groups, kGroup, taps}).transpose(1, 2).contiguous();
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool(const Tensor& x_, const Tensor& kernel_, const Tensor& weight_,
+                                                       const Tensor& bias_, int64_t padding, double eps) {
+  const auto [height, width] = check_conv_norm_relu_pool(x_, kernel_, weight_, bias_, padding);
+  const Tensor x = x_.contiguous(), kernel = grouped(kernel_), weight = weight_.contiguous(), bias = bias_.contiguous();
+  const int64_t images = x.size(0), channels = weight.size(0), taps = kernel.size(1), image_size = x.numel() / std::max<int64_t>(images, 1);
+  const Plane plane{height, width};
+  Tensor pooled = at::empty({images, channels, height / 2, width / 2}, x.options(), kChannelsLast);
+  Tensor mean = at::empty({images, channels}, x.options()), rstd = at::empty_like(mean);
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_norm_relu_pool", [&] {
+    using A = scalar_t;
+    const A *in = x.const_data_ptr<A>(), *k = kernel.const_data_ptr<A>();
+    const A *w = weight.const_data_ptr<A>(), *b = bias.const_data_ptr<A>();
+    A *out = pooled.mutable_data_ptr<A>(), *m = mean.mutable_data_ptr<A>(), *r = rstd.mutable_data_ptr<A>();
+    at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+      Padded<A> image(x.size(1), x.size(2), x.size(3), kernel_.size(2), kernel_.size(3), padding);
+      std::vector<A> scratch(plane.height * plane.width * kGroup);
+      for (int64_t i = begin; i < end; ++i) {
+        image.load(in + i * image_size);
+        for (int64_t c = 0; c < channels; c += kGroup)
+          forward<A>(image, k + c * taps, plane, channels, int(std::min<int64_t>(kGroup, channels - c)), {w + c, b + c}, A(eps),
+                     scratch.data(), out + i * (height / 2) * (width / 2) * channels + c, m + i * channels + c, r + i * channels + c);
+      }
+    });
+  });
+  return {pooled, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Tensor& kernel_,
+                                                                const Tensor& weight_, const Tensor& bias_, const Tensor& mean_,
+                                                                const Tensor& rstd_, int64_t padding) {
+  const auto [height, width] = check_conv_norm_relu_pool(x_, kernel_, weight_, bias_, padding);
+  const Tensor grad = grad_.contiguous(kChannelsLast), x = x_.contiguous(), kernel = grouped(kernel_), weight = weight_.contiguous(),
+               bias = bias_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous();
+  const int64_t images = x.size(0), channels = weight.size(0), taps = kernel.size(1), image_size = x.numel() / std::max<int64_t>(images, 1);
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(images, at::get_num_threads()));  // each sums its own images
+  const Plane plane{height, width};
+  Tensor dkernel = at::zeros({parts, kernel.size(0), taps, kGroup}, x.options());
+  Tensor dweight = at::zeros({parts, channels}, x.options()), dbias = at::zeros_like(dweight);
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_norm_relu_pool_backward", [&] {
+    using A = scalar_t;
+    const A *in = x.const_data_ptr<A>(), *k = kernel.const_data_ptr<A>(), *g = grad.const_data_ptr<A>();
+    const A *w = weight.const_data_ptr<A>(), *b = bias.const_data_ptr<A>();
+    const A *m = mean.const_data_ptr<A>(), *r = rstd.const_data_ptr<A>();
+    A *dk = dkernel.mutable_data_ptr<A>(), *dw = dweight.mutable_data_ptr<A>(), *db = dbias.mutable_data_ptr<A>();
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      Padded<A> image(x.size(1), x.size(2), x.size(3), kernel_.size(2), kernel_.size(3), padding);
+      std::vector<A> scratch(plane.height * plane.width * kGroup);
+      for (int64_t part = begin; part < end; ++part)
+        for (int64_t i = part * images / parts; i < (part + 1) * images / parts; ++i) {
+          image.load(in + i * image_size);
+          for (int64_t c = 0; c < channels; c += kGroup)
+            backward<A>(image, k + c * taps, plane, channels, int(std::min<int64_t>(kGroup, channels - c)), {w + c, b + c},
+                        m + i * channels + c, r + i * channels + c, g + i * (height / 2) * (width / 2) * channels + c,
+                        scratch.data(), dk + (part * kernel.size(0) * kGroup + c) * taps, dw + part * channels + c,
+                        db + part * channels + c);
+        }
+    });
+  });
+  const Tensor flat = dkernel.sum(0).transpose(1, 2).reshape({-1, taps}).slice(0, 0, channels);
+  return {flat.reshape(kernel_.sizes()).contiguous(), dweight.sum(0), dbias.sum(0)};
+}
+
+}  // namespace
+}  // namespace lottery
+
+TORCH_LIBRARY_IMPL(lottery, CPU, m) {
+  m.impl("conv_norm_relu_pool", &lottery::conv_norm_relu_pool);
+  m.impl("conv_norm_relu_pool_backward", &lottery::conv_norm_relu_pool_backward);
+}

@@ -1,0 +1,93 @@
+// Launchers of norm_relu_pool and its backward, and conv_norm_relu_pool, where cuDNN makes the convolution.
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+
+#include "../kernels/norm.cuh"
+#include "launch.h"
+
+namespace lottery {
+namespace {
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+struct Planes {
+  int64_t count, channels;
+  int height, width;
+  bool small;  // a warp each, else a block
+
+  explicit Planes(const Tensor& x) : count(x.size(0) * x.size(1)), channels(x.size(1)) {
+    const int64_t size = x.size(2) * x.size(3);
+    TORCH_CHECK(size < (int64_t(1) << 31) && count < (int64_t(1) << 31), "norm_relu_pool: too large, ", x.sizes());
+    height = int(x.size(2));
+    width = int(x.size(3));
+    small = size <= 512;
+  }
+  unsigned blocks() const { return small ? unsigned((count + kNormThreads / 32 - 1) / (kNormThreads / 32)) : unsigned(count); }
+};
+
+Three norm_relu_pool_(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, double eps) {
+  check_norm_relu_pool(x_, weight_, bias_);
+  const c10::cuda::CUDAGuard guard(x_.device());
+  const Tensor x = x_.contiguous(), weight = weight_.contiguous(), bias = bias_.contiguous();
+  const Tensor pooled = at::empty({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x.options());
+  const Tensor mean = at::empty({x.size(0), x.size(1)}, weight.options()), rstd = at::empty_like(mean);
+  if (x.numel() == 0) return {pooled, mean, rstd};
+  const Planes planes(x);
+  DISPATCH_FLOATING(x.scalar_type(), "norm_relu_pool", [&] {
+    using A = Accumulator<scalar_t>;
+    const auto kernel = planes.small ? norm_relu_pool<scalar_t, A, 32> : norm_relu_pool<scalar_t, A, kNormThreads>;
+    LAUNCH(kernel, planes.blocks(), kNormThreads, 0, current_stream(), x.const_data_ptr<scalar_t>(), weight.const_data_ptr<A>(),
+           bias.const_data_ptr<A>(), pooled.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>(),
+           (long long)planes.count, int(planes.channels), planes.height, planes.width, A(eps));
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {pooled, mean, rstd};
+}
+
+Three norm_relu_pool_backward_(const Tensor& grad_, const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
+                               const Tensor& mean_, const Tensor& rstd_) {
+  check_norm_relu_pool_backward(grad_, x_, weight_, bias_, mean_, rstd_);
+  const c10::cuda::CUDAGuard guard(x_.device());
+  const Tensor grad = grad_.contiguous(), x = x_.contiguous(), weight = weight_.contiguous(), bias = bias_.contiguous(),
+               mean = mean_.contiguous(), rstd = rstd_.contiguous();
+  const Tensor dx = at::empty_like(x), dweight = at::empty_like(mean), dbias = at::empty_like(mean);
+  if (x.numel() == 0) return {dx, dweight.sum(0), dbias.sum(0)};
+  const Planes planes(x);
+  DISPATCH_FLOATING(x.scalar_type(), "norm_relu_pool_backward", [&] {
+    using A = Accumulator<scalar_t>;
+    const auto kernel = planes.small ? norm_relu_pool_backward<scalar_t, A, 32> : norm_relu_pool_backward<scalar_t, A, kNormThreads>;
+    LAUNCH(kernel, planes.blocks(), kNormThreads, 0, current_stream(), grad.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
+           weight.const_data_ptr<A>(), bias.const_data_ptr<A>(), mean.const_data_ptr<A>(), rstd.const_data_ptr<A>(),
+           dx.mutable_data_ptr<scalar_t>(), dweight.mutable_data_ptr<A>(), dbias.mutable_data_ptr<A>(), (long long)planes.count,
+           int(planes.channels), planes.height, planes.width);
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {dx, dweight.sum(0), dbias.sum(0)};
+}
+
+Three conv_norm_relu_pool(const Tensor& x, const Tensor& kernel, const Tensor& weight, const Tensor& bias, int64_t padding,
+                          double eps) {
+  check_conv_norm_relu_pool(x, kernel, weight, bias, padding);
+  const Tensor convolved = at::conv2d(x, kernel, {}, 1, padding);
+  return norm_relu_pool_(convolved, weight, bias, eps);
+}
+
+Three conv_norm_relu_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel, const Tensor& weight,
+                                   const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t padding) {
+  const Tensor convolved = at::conv2d(x, kernel, {}, 1, padding);  // again, instead of keeping it
+  const auto [dconvolved, dweight, dbias] = norm_relu_pool_backward_(grad, convolved, weight, bias, mean, rstd);
+  const auto gradients = at::convolution_backward(dconvolved, x, kernel, at::OptionalIntArrayRef(), {1, 1}, {padding, padding},
+                                                  {1, 1}, false, {0, 0}, 1, {false, true, false});
+  return {std::get<1>(gradients), dweight, dbias};
+}
+
+}  // namespace
+}  // namespace lottery
+
+TORCH_LIBRARY_IMPL(lottery, CUDA, m) {
+  m.impl("norm_relu_pool", &lottery::norm_relu_pool_);
+  m.impl("norm_relu_pool_backward", &lottery::norm_relu_pool_backward_);
+  m.impl("conv_norm_relu_pool", &lottery::conv_norm_relu_pool);
+  m.impl("conv_norm_relu_pool_backward", &lottery::conv_norm_relu_pool_backward);
+}

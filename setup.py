@@ -1,0 +1,24 @@
+"""Build the compiled ops: python setup.py build_ext --inplace, or pip install --no-build-isolation .
+
+The CPU part always; the CUDA part when nvcc is found, or with FORCE_CUDA=1 (never with FORCE_CUDA=0), for the GPUs in
+TORCH_CUDA_ARCH_LIST (unset: those of ops.CUDA_ARCHITECTURES). No GPU or driver is needed to build or to import it.
+"""
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import ops  # noqa: E402
+
+ops.set_cuda_home()
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+forced = os.environ.get("FORCE_CUDA")
+cuda = forced == "1" or (CUDA_HOME is not None and forced != "0")
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ops.CUDA_ARCHITECTURES)
+extension = (CUDAExtension if cuda else CppExtension)(
+    ops.NAME, ops.sources(cuda), extra_compile_args={"cxx": ops.CPU_FLAGS, "nvcc": ops.CUDA_FLAGS})
+setup(name="lottery-csrc", version="1", py_modules=[], ext_modules=[extension],
+      cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)})
