@@ -653,16 +653,18 @@ def recipe_of(config, epochs):
 
 
 @torch.no_grad()
-def masked_sgd_(params, grads, momenta, masks, lr, momentum=0., weight_decay=0.):
+def masked_sgd_(params, grads, momenta, masks, lr, momentum=0., weight_decay=0., dampening=0., nesterov=False):
     """One SGD step in place, equal to torch.optim.SGD followed by multiplying with the masks.
 
     Lists of tensors of equal length; a mask is a bool tensor or None. A pruned weight and its momentum are
-    exactly 0 afterwards. The compiled op of the same name does this in one pass over memory.
+    exactly 0 afterwards. (torch dampens from the second step on: pass dampening=0 in the first.) The compiled op
+    of the same name does this in one pass over memory.
     """
     grads = torch._foreach_add(grads, params, alpha=weight_decay)
     torch._foreach_mul_(momenta, momentum)
-    torch._foreach_add_(momenta, grads)
-    torch._foreach_add_(params, momenta, alpha=-lr)
+    torch._foreach_add_(momenta, grads, alpha=1 - dampening)
+    steps = torch._foreach_add(grads, momenta, alpha=momentum) if nesterov else momenta
+    torch._foreach_add_(params, steps, alpha=-lr)
     for param, velocity, mask in zip(params, momenta, masks):
         if mask is not None:
             param.mul_(mask)
