@@ -80,11 +80,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def positive(text):
-    """argparse type: an integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+def at_least(least):
+    """argparse type: a whole number, `least` or more."""
+    def number(text):
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+positive = at_least(1)
 
 
 def write_atomically(path, content):
@@ -284,18 +290,19 @@ class Dataset(NamedTuple):
     num_classes: int
     mean: tuple
     std: tuple
+    train_size: int = 0
     flip: bool = True
 
 
 CIFAR = (.4914, .4822, .4465), (.2023, .1994, .2010)  # IDC's values
 DATASETS = {
-    "cifar10": Dataset(3, 32, 10, *CIFAR),
-    "cifar100": Dataset(3, 32, 100, *CIFAR),
-    "svhn": Dataset(3, 32, 10, (.4377, .4438, .4728), (.1980, .2010, .1970), flip=False),
-    "mnist": Dataset(1, 28, 10, (.1307,), (.3081,), flip=False),
-    "fashion": Dataset(1, 28, 10, (.2861,), (.3530,)),
-    "imagenet10": Dataset(3, 224, 10, (.485, .456, .406), (.229, .224, .225)),
-    "digits": Dataset(1, 8, 10, (.3063,), (.3769,), flip=False),
+    "cifar10": Dataset(3, 32, 10, *CIFAR, 50_000),
+    "cifar100": Dataset(3, 32, 100, *CIFAR, 50_000),
+    "svhn": Dataset(3, 32, 10, (.4377, .4438, .4728), (.1980, .2010, .1970), 73_257, flip=False),
+    "mnist": Dataset(1, 28, 10, (.1307,), (.3081,), 60_000, flip=False),
+    "fashion": Dataset(1, 28, 10, (.2861,), (.3530,), 60_000),
+    "imagenet10": Dataset(3, 224, 10, (.485, .456, .406), (.229, .224, .225), 13_000),
+    "digits": Dataset(1, 8, 10, (.3063,), (.3769,), 1_437, flip=False),
 }
 IMAGENET10 = ("n02869837 n01749939 n02488291 n02107142 n13037406 "
               "n02091831 n04517823 n04589890 n03062245 n01773797").split()

@@ -28,11 +28,11 @@ import common
 from common import UserError, prunable, random_stream
 
 PRESETS = {
-    "paper": dict(model="resnet18", width=None, train_images=None, lr=.01, eval_epochs=300,
-                  epochs=dict(distilled=1000, subset=1000, real=300, random=0)),
-    "quick": dict(model="convnet3", width=32, train_images=10_000, lr=.02, eval_epochs=12,
-                  epochs=dict(distilled=60, subset=240, real=12, random=0)),
+    "paper": dict(model="resnet18", width=None, train_images=None, lr=.01, epochs=None, eval_epochs=None),
+    "quick": dict(model="convnet3", width=32, train_images=10_000, lr=.02, epochs=None, eval_epochs=None),
 }
+EPOCHS = {"distilled": 1000, "subset": 1000, "real": 300, "random": 0}  # of the paper
+QUICK_IMAGES = {"distilled": 24_000, "subset": 24_000, "real": 120_000, "random": 0}  # seen in the quick preset's epochs
 COLUMNS = ("round", "sparsity", "remaining", "training_points", "train_loss", "train_accuracy",
            "test_loss", "test_accuracy", "seconds")
 
@@ -233,11 +233,6 @@ def run_folders(folder):
 #############################################
 
 
-def mean_and_std(values):
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
-
-
 def draw_runs(folders, path):
     """Fig. 2: accuracy (mean and standard deviation over seeds) and training points against sparsity."""
     from matplotlib.figure import Figure
@@ -247,20 +242,17 @@ def draw_runs(folders, path):
     runs = [[read_csv(f / "results.csv") for f in run_folders(folder)] for folder in folders]
     tested = any("test_accuracy" in row for run in runs for rows in run for row in rows)
     measure = "test_accuracy" if tested else "train_accuracy"
-    styles = zip(runs, folders, ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:") * len(runs))
-    for run, folder, style in styles:
+    for i, (run, folder) in enumerate(zip(runs, folders)):
         label = common.family(common.load(run_folders(folder)[0] / "config.json")) + (f" ({len(run)} seeds)" if len(run) > 1 else "")
-        by_round = {}
-        for row in (row for rows in run for row in rows):
-            by_round.setdefault(row["round"], []).append(row)
-        points = [(1 - rows[0]["sparsity"], mean_and_std([row[measure] for row in rows]))
-                  for _, rows in sorted(by_round.items()) if all(measure in row for row in rows)]
-        if points:
-            left.errorbar([x for x, _ in points], [100 * mean for _, (mean, _) in points],
-                          [100 * std for _, (_, std) in points], fmt=style, capsize=3, markersize=5, label=label)
-        seen = [(1 - rows[0]["sparsity"], rows[0]["training_points"]) for _, rows in sorted(by_round.items())]
-        if any(count for _, count in seen):
-            right.plot([x for x, count in seen if count], [count for _, count in seen if count], style, markersize=5, label=label)
+        style = dict(color=f"C{i}", linestyle=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], markersize=5, label=label)
+        by_round = [[row for rows in run for row in rows if row["round"] == number] for number in sorted({r["round"] for r in run[0]})]
+        scores = [(1 - rows[0]["sparsity"], *common.mean_and_std([100 * row[measure] for row in rows]))
+                  for rows in by_round if all(measure in row for row in rows)]
+        if scores:
+            left.errorbar(*zip(*scores), capsize=3, **style)
+        seen = [(1 - rows[0]["sparsity"], rows[0]["training_points"]) for rows in by_round if rows[0]["training_points"]]
+        if seen:
+            right.plot(*zip(*seen), **style)
     left.set_ylabel("test accuracy after training on real data (%)" if tested else "accuracy on the pruning data (%)")
     right.set_ylabel("training points seen to reach the mask")
     right.set_yscale("log")
@@ -338,18 +330,19 @@ def draw_comparison(rows, last, folders, path):
     left, right = figure.subplots(1, 2)
     layers = [row["layer"].removesuffix(".weight") for row in last]
     positions = range(len(layers))
+    remaining = {row["round"]: 1 - row["sparsity_a"] for row in rows if row["layer"] == "all"}
     for side, column, folder, colour, hatch in ((-.2, "sparsity_a", folders[0], "C0", ""), (.2, "sparsity_b", folders[1], "C1", "//")):
         left.bar([p + side for p in positions], [100 * row[column] for row in last], .4, label=str(folder), color=colour, hatch=hatch)
     left.set_xticks(positions, layers, rotation=45 if len(layers) < 8 else 90, ha="right", fontsize=8)
     left.set_ylabel(f"sparsity in round {last[0]['round']} (%)")
-    left.legend(fontsize=8, loc="lower right")
+    left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
     for layer, style in zip([row["layer"] for row in last], ("-", "--", "-.", ":") * len(last)):
-        series = [(1 - (row["sparsity_a"] + row["sparsity_b"]) / 2, row["ratio"]) for row in rows if row["layer"] == layer]
+        series = [(remaining[row["round"]], row["ratio"]) for row in rows if row["layer"] == layer]
         total = layer == "all"
         right.plot(*zip(*series), "ko-" if total else style, lw=2 if total else 1, label=layer.removesuffix(".weight"))
     right.axhline(1, color="grey", lw=.8)
-    right.set(xscale="log", xlabel="weights of the layer remaining (fraction)", ylabel="shared survivors / expected if independent")
-    right.invert_xaxis()
+    remaining_axis(right, min(remaining.values()))
+    right.set_ylabel("shared survivors / expected if independent")
     if len(layers) < 12:
         right.legend(fontsize=8)
     common.save(path, figure)
@@ -395,8 +388,8 @@ def parse(argv=None):
     pruning.add_argument("--evaluate", nargs="*", type=int, metavar="ROUND", help="train the subnetworks (of these rounds, else all) on real data, report test accuracy")
     training = parser.add_argument_group("training")
     training.add_argument("--preset", choices=PRESETS, help="paper's settings, or a scaled-down run (paper with CUDA, else quick)")
-    training.add_argument("--epochs", type=common.positive, help="of every pruning round (paper: 1000 distilled and subset, 300 real; quick: 60, 240, 12)")
-    training.add_argument("--eval-epochs", type=common.positive, help="of a subnetwork on real data (paper: 300, quick: 12)")
+    training.add_argument("--epochs", type=common.positive, help="of every pruning round (paper: 1000 distilled and subset, 300 real; quick: as many as show 24000 images, real 120000)")
+    training.add_argument("--eval-epochs", type=common.positive, help="of a subnetwork on real data (paper: 300; quick: as many as show 120000 images)")
     training.add_argument("--lr", type=float, help="learning rate; times 0.2 at 2/3 and 5/6 of the epochs (paper: 0.01, quick: 0.02)")
     training.add_argument("--momentum", type=float, default=.9, help="(0.9)")
     training.add_argument("--weight-decay", type=float, default=5e-4, help="(0.0005)")
@@ -417,14 +410,11 @@ def parse(argv=None):
 def settings(args, preset):
     """The config of a run: flags, else those of the --start mask for the network, else the preset."""
     base = dict(PRESETS[preset], dataset="cifar10", norm=None, image_size=None)
-    base["epochs"] = base["epochs"][args.data]
     if args.start and (given := common.load(args.start)) and "config" in given:
         base |= {key: given["config"].get(key) for key in ("model", "width", "norm", "dataset", "image_size")}
     config = base | {key: getattr(args, key) for key in base if getattr(args, key) is not None}
     config |= {key: getattr(args, key) for key in ("data", "ipc", "factor", "distilled", "rounds", "rate", "scope", "rewind", "rewind_what",
                                                    "start", "momentum", "weight_decay", "batch_size")}
-    if config["rewind"] < 0 or config["rewind"] > config["eval_epochs"]:
-        raise UserError(f"--rewind {config['rewind']}: must lie between 0 and --eval-epochs {config['eval_epochs']}")
     if config["start"] and config["rewind"]:
         raise UserError("--rewind with --start: the mask file already holds its rewind point")
     return config
@@ -451,6 +441,15 @@ def load_data(args, config, device):
     return distilled, real
 
 
+def fill_in_epochs(config, preset, searched, trained):
+    """The preset's epochs where no flag names them; `searched` and `trained`: images in the pruning and the real data."""
+    for key, data, images in (("epochs", config["data"], searched), ("eval_epochs", "real", trained)):
+        if config[key] is None:
+            config[key] = EPOCHS[data] if preset == "paper" else math.ceil(QUICK_IMAGES[data] / images)
+    if not 0 <= config["rewind"] <= config["eval_epochs"]:
+        raise UserError(f"--rewind {config['rewind']}: must lie between 0 and --eval-epochs {config['eval_epochs']}")
+
+
 def main(argv=None):
     args = parse(argv)
     if args.plot:
@@ -461,9 +460,12 @@ def main(argv=None):
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     preset = args.preset or ("paper" if device.type == "cuda" else "quick")
     config = settings(args, preset)
+    distilled, real = load_data(args, config, device)
+    trained = len(real[0]) if real else min(config["train_images"] or math.inf, common.DATASETS[config["dataset"]].train_size)
+    searched = {"distilled": len(distilled or ()), "real": trained}.get(config["data"], config["ipc"] * config["num_classes"])
+    fill_in_epochs(config, preset, searched, trained)
     print(f"preset {preset} ({'as asked' if args.preset else f'device {device.type}'}): {config['model']} on {config['dataset']}, "
           f"{config['data']} data, {config['rounds']} rounds of {config['epochs']} epochs")
-    distilled, real = load_data(args, config, device)
     start = common.load_mask(args.start, config, device) if args.start else None
     evaluate = range(config["rounds"] + 1) if args.evaluate == [] else args.evaluate or ()
     for seed in args.seeds or [args.seed]:
