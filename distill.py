@@ -37,8 +37,8 @@ from common import UserError, positive, random_stream
 
 SETTINGS = {  # of the methods; idc: Kim et al.'s for CIFAR
     "select": dict(outer=0, inner=1),
-    "dm": dict(outer=1000, inner=1, image_lr=.01, width=32),
-    "idm": dict(outer=12, inner=60, network_images=256, cross_entropy=.3, synthetic_images=64, image_lr=.01, width=32),
+    "dm": dict(outer=600, inner=1, synthetic_images=64, image_lr=.5, width=32),
+    "idm": dict(outer=20, inner=30, network_images=256, cross_entropy=.1, synthetic_images=64, image_lr=.5, width=32),
     "idc": dict(outer=2000, inner=100, network_images=2000, image_lr=.005, metric="mse"),
 }
 IDC_IMAGENET = dict(outer=500, inner=100, network_images=500, image_lr=.003, metric="l1", pretrain=10, model="resnet10ap")
@@ -192,11 +192,10 @@ class Run:
 
 
 def begin(real, members, config):
-    """A run at its first iteration. SGD for idc, as in its code: the learning rate grows with ipc; Adam needs no scaling."""
+    """A run at its first iteration. The step of the images grows with their number, as each has that much less of the
+    mean to answer for."""
     images = select(real, members, config).requires_grad_()
-    if config["method"] == "idc":
-        return Run(images, torch.optim.SGD([images], lr=config["image_lr"] * config["ipc"] / 10, momentum=.5))
-    return Run(images, torch.optim.Adam([images], lr=config["image_lr"], betas=(.5, .95)))
+    return Run(images, torch.optim.SGD([images], lr=config["image_lr"] * config["ipc"] / 10, momentum=.5))
 
 
 def step(run, real, members, config):
@@ -273,7 +272,7 @@ def resume(run, out, config):
     if not (out / "checkpoint.pt").exists():
         return
     saved = common.load(out / "checkpoint.pt", run.images.device)
-    differing = [key for key, value in config.items() if saved["config"].get(key) != value]
+    differing = [key for key, value in config.items() if key != "outer" and saved["config"].get(key) != value]
     if differing:
         raise UserError(f"{out} holds a run with another {', '.join(differing)}; give another --out")
     run.images.data.copy_(saved["images"])
@@ -340,7 +339,7 @@ def main():
                                      "for CIFAR, and for ImageNet-10 on images above 64 pixels").add_argument
     flag("--outer", type=positive, help="networks matched in, one after the other")
     flag("--inner", type=positive, help="iterations with each")
-    flag("--image-lr", type=float, help="step of the images; idc multiplies it by ipc / 10")
+    flag("--image-lr", type=float, help="learning rate of the images; multiplied by ipc / 10")
     flag("--metric", choices=("mse", "l1"), help="between gradients (idc)")
     flag("--cross-entropy", type=float, help="weight of the loss on synthetic images (idm)")
     flag("--real-images", type=positive, help="real images of a class matched in an iteration (64)")
