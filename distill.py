@@ -41,7 +41,8 @@ SETTINGS = {  # of the methods; idc: Kim et al.'s for CIFAR
     "idm": dict(outer=20, inner=30, network_images=256, cross_entropy=.1, synthetic_images=64, image_lr=.5, width=32),
     "idc": dict(outer=2000, inner=100, network_images=2000, image_lr=.005, metric="mse"),
 }
-IDC_IMAGENET = dict(outer=500, inner=100, network_images=500, image_lr=.003, metric="l1", pretrain=10, model="resnet10ap")
+IDC_IMAGENET = dict(outer=500, inner=100, network_images=500, image_lr=.003, metric="l1", pretrain=10,
+                    model="resnet10ap")
 DEFAULTS = dict(model="convnet3", width=None, norm="instance", real_images=64, synthetic_images=128, network_images=0,
                 pretrain=0, cross_entropy=0., metric="mse", image_lr=0.)
 
@@ -57,7 +58,7 @@ def encode_tiles(images, factor):
     tile = math.ceil(size / factor)
     tiles = F.interpolate(images, size=(tile, tile), mode="bilinear", antialias=True, align_corners=False)
     canvas = tiles.unflatten(0, (factor, factor, -1)).permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)
-    return canvas[:, :, :size, :size]
+    return canvas[:, :, :size, :size].clamp(0, 1)
 
 
 def class_members(real, config):
@@ -74,10 +75,10 @@ def class_members(real, config):
 
 
 def select(real, members, config):
-    """Random real images of every class as tiles: [classes, ipc, C, H, W] in [0, 1]. `members`: their indices by class."""
+    """Random real images of every class, as tiles: [classes, ipc, C, H, W] in [0, 1]."""
     count, stream = config["ipc"] * config["factor"] ** 2, random_stream(config["seed"], "select")
     chosen = [own[torch.randperm(len(own), generator=stream)[:count]] for own in members]
-    return torch.stack([encode_tiles(real.images[index].float() / 255, config["factor"]) for index in chosen]).clamp(0, 1)
+    return torch.stack([encode_tiles(real.images[index].float() / 255, config["factor"]) for index in chosen])
 
 
 def decode(images, real, factor):
@@ -92,10 +93,10 @@ def decode(images, real, factor):
 #############################################
 
 
-def draw_network(config, number, device):
-    """The `number`-th network to match in. `resnet10ap` is IDC's: resnet10 with average pooling."""
+def draw_network(config, seed, device):
+    """A network at initialisation. `resnet10ap` is IDC's: resnet10 with average pooling."""
     model = config["model"].removesuffix("ap")
-    network = common.build_network(config | {"model": model}, seed=config["seed"] * 1_000_003 + number).to(device)
+    network = common.build_network(config | {"model": model}, seed).to(device)
     return average_pooled(network) if model != config["model"] else network
 
 
@@ -111,11 +112,10 @@ def average_pooled(network):
     return network
 
 
-def train_network(network, real, config, images, stream, momenta=None):
-    """Train on `images` random real images, at the constant learning rate a schedule of 3 epochs begins with."""
-    recipe = common.Recipe(3, augment=config["augment"], cutmix=config["cutmix"], flip=config["flip"])
-    batch = real.subset(torch.randint(len(real), (images,), generator=stream))
-    return common.train(network, batch, recipe, stream, span=(0, 1), momenta=momenta).momenta
+def train_network(network, split, config, stream, epochs=1, momenta=None):
+    """Train on `split` at the constant learning rate that a schedule three times as long begins with; the momenta."""
+    recipe = common.recipe_of(config, 3 * epochs)
+    return common.train(network, split, recipe, stream, span=(0, epochs), momenta=momenta).momenta
 
 
 #############################################
@@ -124,7 +124,7 @@ def train_network(network, real, config, images, stream, momenta=None):
 
 
 def gradient_distance(network, real, synthetic, label, metric="mse"):
-    """Distance of the loss gradients of two batches [N, C, H, W] and [M, C, H, W] of one class (Kim et al. 2022, Eq. 3).
+    """Distance of the loss gradients of two batches [N, C, H, W] and [M, C, H, W] of one class (Kim et al. 2022).
 
     Over the weights of the convolutions, as in their code; `metric` mse sums squared differences, l1 absolute ones.
     """
@@ -203,9 +203,10 @@ def step(run, real, members, config):
     iteration = len(run.losses)
     stream = random_stream(config["seed"], "iteration", iteration)
     if iteration % config["inner"] == 0:
-        run.network, run.momenta = draw_network(config, iteration // config["inner"], run.images.device), None
+        seed = config["seed"] * 1_000_003 + iteration // config["inner"]
+        run.network, run.momenta = draw_network(config, seed, run.images.device), None
         if config["pretrain"]:
-            run.momenta = train_network(run.network, real, config, config["pretrain"] * len(real), stream)
+            run.momenta = train_network(run.network, real, config, stream, config["pretrain"])
     run.optimizer.zero_grad()
     loss = match(run.network, run.images, real, members, config, stream)
     if not math.isfinite(loss):
@@ -214,7 +215,8 @@ def step(run, real, members, config):
     run.optimizer.step()
     run.images.data.clamp_(0, 1)
     if config["network_images"]:
-        run.momenta = train_network(run.network, real, config, config["network_images"], stream, run.momenta)
+        batch = real.subset(torch.randint(len(real), (config["network_images"],), generator=stream))
+        run.momenta = train_network(run.network, batch, config, stream, momenta=run.momenta)
     run.losses.append(loss)
 
 
@@ -232,7 +234,8 @@ def distill(real, config, out, budget=math.inf):
     while len(run.losses) < total and run.minutes < budget:
         step(run, real, members, config)
         run.minutes = (time.monotonic() - start) / 60
-        bar.set_postfix(loss=f"{run.losses[-1]:.4g}", minutes=f"{run.minutes:.1f}/{budget:g}")
+        bar.total = int(min(total, len(run.losses) * budget / run.minutes))  # what will be done, for the time left
+        bar.set_postfix(loss=f"{run.losses[-1]:.4g}", refresh=False)
         bar.update()
         if time.monotonic() - saved > 60:
             save_run(run, out, config)
@@ -293,7 +296,7 @@ def evaluate(distilled, test, config, recipe, repeats):
     accuracies = []
     bar = tqdm(total=repeats * recipe.epochs, desc="evaluating", disable=None)
     for repeat in range(repeats):
-        network = common.build_network(config, seed=repeat).to(distilled.images.device)
+        network = draw_network(config, repeat, distilled.images.device)
         common.train(network, distilled, recipe, random_stream(repeat, "evaluate"), progress=lambda *_: bar.update())
         accuracies.append(common.evaluate(network, test).accuracy)
     bar.close()
@@ -319,8 +322,8 @@ def report(path, accuracies, distilled, config, recipe):
 def settings(args, image_size):
     """The settings of the method on images of this size, and the flags given over them."""
     published = IDC_IMAGENET if args.method == "idc" and image_size > 64 else SETTINGS[args.method]
-    given = {key: getattr(args, key) for key in DEFAULTS if getattr(args, key) is not None}
-    return DEFAULTS | published | given
+    config = DEFAULTS | published
+    return config | {key: getattr(args, key) for key in config if getattr(args, key) is not None}
 
 
 def main():
