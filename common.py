@@ -50,8 +50,8 @@ class UserError(Exception):
 
 
 def keep_freed_memory():
-    """Let glibc reuse large blocks; returned to the system, their page faults cost convnet3 a third of its time on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    """Let glibc reuse large blocks: given back to the system, their page faults take a third of convnet3's CPU time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
