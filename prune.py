@@ -17,7 +17,6 @@ The same command again goes on where an interrupted run stopped and ends with th
 """
 import csv
 import math
-import re
 import time
 from pathlib import Path
 
@@ -25,14 +24,14 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import UserError, prunable, random_stream
+from common import UserError, at_least, positive, prunable, random_stream
 
 PRESETS = {
     "paper": dict(model="resnet18", width=None, train_images=None, lr=.01, epochs=None, eval_epochs=None),
     "quick": dict(model="convnet3", width=32, train_images=10_000, lr=.02, epochs=None, eval_epochs=None),
 }
 EPOCHS = {"distilled": 1000, "subset": 1000, "real": 300, "random": 0}  # of the paper
-QUICK_IMAGES = {"distilled": 24_000, "subset": 24_000, "real": 120_000, "random": 0}  # seen in the quick preset's epochs
+QUICK_IMAGES = {"distilled": 24_000, "subset": 24_000, "real": 120_000, "random": 0}  # shown in quick's epochs
 COLUMNS = ("round", "sparsity", "remaining", "training_points", "train_loss", "train_accuracy",
            "test_loss", "test_accuracy", "seconds")
 
@@ -81,8 +80,11 @@ def find_masks(model, config, out, data, real=None, start=None, evaluate=()):
         path, began = out / f"r{number}.pt", time.perf_counter()
         if path.exists():
             ticket = common.load_mask(path, device=next(model.parameters()).device)
+        elif number > first:
+            ticket = next_ticket(model, ticket, config, data)
         else:
-            ticket = next_ticket(model, ticket, config, data) if number > first else first_ticket(model, config, real, start)
+            ticket = first_ticket(model, config, real, start)
+        if not path.exists():
             common.save(path, ticket)
             seconds[number] = time.perf_counter() - began
         if number in evaluate and "test_accuracy" not in ticket["results"]:
@@ -98,7 +100,7 @@ def next_ticket(model, ticket, config, data):
     number = ticket["round"] + 1
     stream = random_stream(config["seed"], "round", number)
     if data is None:
-        scores = {name: torch.rand(kept.shape, generator=stream).to(kept.device) for name, kept in ticket["masks"].items()}
+        scores = {name: torch.rand(m.shape, generator=stream).to(m.device) for name, m in ticket["masks"].items()}
         results = {"training_points": 0}
     else:
         model.load_state_dict(ticket["init"])
@@ -113,7 +115,7 @@ def next_ticket(model, ticket, config, data):
 
 
 def first_ticket(model, config, real, start):
-    """Round 0: every weight survives, at initialisation or after `rewind` epochs on real data; or the mask to `start` from."""
+    """Round 0: all weights survive, at initialisation or after `rewind` epochs on real data; or the `start` mask."""
     if start:
         points = start["results"].get("training_points", 0)
         return make_ticket(start["round"], start["masks"], start["init"], config, {"training_points": points})
@@ -158,8 +160,9 @@ def train_with_bar(title, model, split, recipe, stream, mask=None, span=None):
 def random_subset(split, ipc, num_classes, stream):
     """`ipc` random images of each class."""
     labels = split.labels.cpu()
-    if int(torch.bincount(labels, minlength=num_classes).min()) < ipc:
-        raise UserError(f"--ipc {ipc}: a class has only {int(torch.bincount(labels, minlength=num_classes).min())} images")
+    fewest = int(torch.bincount(labels, minlength=num_classes).min())
+    if fewest < ipc:
+        raise UserError(f"--ipc {ipc}: a class has only {fewest} images")
     order = torch.randperm(len(split), generator=stream)
     chosen = torch.cat([order[labels[order] == c][:ipc] for c in range(num_classes)])
     return split.subset(chosen.to(split.labels.device))
@@ -172,8 +175,9 @@ def random_subset(split, ipc, num_classes, stream):
 
 def row_of(ticket, seconds):
     remaining = sum(int(kept.sum()) for kept in ticket["masks"].values())
-    known = {"round": ticket["round"], "sparsity": ticket["sparsity"], "remaining": remaining, "seconds": round(seconds, 2)}
-    return {column: (known | ticket["results"]).get(column, "") for column in COLUMNS}
+    known = ticket["results"] | {"round": ticket["round"], "sparsity": ticket["sparsity"], "remaining": remaining,
+                                 "seconds": round(seconds, 2)}
+    return {column: known.get(column, "") for column in COLUMNS}
 
 
 def read_csv(path):
@@ -186,43 +190,48 @@ def read_csv(path):
 
 
 def read_seconds(out):
-    """{round: seconds} of an earlier run in `out`; times are in results.csv only, so that mask files are reproducible."""
+    """{round: seconds} of an earlier run in `out`. Only results.csv holds times: mask files are reproducible."""
     path = out / "results.csv"
     return {int(row["round"]): row["seconds"] for row in read_csv(path) if "seconds" in row} if path.exists() else {}
 
 
 def print_table(rows):
-    print(f"{'round':>5} {'sparsity':>8} {'remaining':>10} {'points seen':>12} {'train loss':>10} {'train acc':>9} {'test acc':>8}")
+    form = "{:>5} {:>8} {:>10} {:>12} {:>10} {:>9} {:>8}"
+    print(form.format("round", "sparsity", "remaining", "points seen", "train loss", "train acc", "test acc"))
     for row in rows:
-        cells = [f"{row['round']:>5} {row['sparsity']:>8.2%} {row['remaining']:>10,} {row['training_points']:>12,}"]
-        for column, form in (("train_loss", ">10.3f"), ("train_accuracy", ">9.2%"), ("test_accuracy", ">8.2%")):
-            cells.append(format(row[column], form) if row[column] != "" else " " * int(form[1:-3]))
-        print(*cells)
+        loss, *percent = (format(row[key], style) if row[key] != "" else "" for key, style in (
+            ("train_loss", ".3f"), ("train_accuracy", ".2%"), ("test_accuracy", ".2%")))
+        print(form.format(row["round"], f"{row['sparsity']:.2%}", f"{row['remaining']:,}", f"{row['training_points']:,}",
+                          loss, *percent))
 
 
 def prepare_folder(out, config, overwrite):
-    """Make `out` ready: empty, or holding an earlier part of the very same run. Raises UserError naming the difference."""
+    """Make `out` ready: empty, or holding an earlier part of this very run. Raises UserError naming the difference."""
     path = out / "config.json"
-    tickets = [p for p in out.glob("*") if re.fullmatch(r"r\d+\.pt", p.name)]
     if overwrite:
-        for old in tickets + [out / "results.csv"]:
+        for old in round_files(out) + [out / "results.csv"]:
             old.unlink(missing_ok=True)
     elif path.exists():
         earlier = common.load(path)
         # More rounds continue a run: they do not change the ones that are there.
-        different = [key for key in sorted((config.keys() | earlier.keys()) - {"rounds"}) if config.get(key) != earlier.get(key)]
+        keys = sorted((config.keys() | earlier.keys()) - {"rounds"})
+        different = [key for key in keys if config.get(key) != earlier.get(key)]
         if different:
             change = ", ".join(f"{key} {earlier.get(key)} -> {config.get(key)}" for key in different)
             raise UserError(f"{out} holds another run ({change}); choose another --out, or --overwrite")
-    elif tickets:
+    elif round_files(out):
         raise UserError(f"{out} holds masks but no config.json; choose another --out, or --overwrite")
     common.save(path, config)
+
+
+def round_files(folder):
+    return [path for path in folder.glob("r*.pt") if path.stem[1:].isdigit()]
 
 
 def run_folders(folder):
     """The folders with results.csv of one run: the seeds' below it, or itself. Raises UserError."""
     folder = Path(folder)
-    found = [folder] if (folder / "results.csv").exists() else sorted(p.parent for p in folder.glob("seed*/results.csv"))
+    found = [p.parent for p in (*folder.glob("results.csv"), *sorted(folder.glob("seed*/results.csv")))]
     if not found:
         raise UserError(f"{folder}: no results.csv of prune.py in it, nor in seed folders below")
     return found
@@ -243,14 +252,16 @@ def draw_runs(folders, path):
     tested = any("test_accuracy" in row for run in runs for rows in run for row in rows)
     measure = "test_accuracy" if tested else "train_accuracy"
     for i, (run, folder) in enumerate(zip(runs, folders)):
-        label = common.family(common.load(run_folders(folder)[0] / "config.json")) + (f" ({len(run)} seeds)" if len(run) > 1 else "")
-        style = dict(color=f"C{i}", linestyle=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], markersize=5, label=label)
-        by_round = [[row for rows in run for row in rows if row["round"] == number] for number in sorted({r["round"] for r in run[0]})]
+        label = common.family(common.load(run_folders(folder)[0] / "config.json"))
+        label += f" ({len(run)} seeds)" if len(run) > 1 else ""
+        style = dict(color=f"C{i}", ls=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], label=label)
+        numbers = sorted({row["round"] for row in run[0]})
+        by_round = [[row for rows in run for row in rows if row["round"] == number] for number in numbers]
         scores = [(1 - rows[0]["sparsity"], *common.mean_and_std([100 * row[measure] for row in rows]))
                   for rows in by_round if all(measure in row for row in rows)]
         if scores:
             left.errorbar(*zip(*scores), capsize=3, **style)
-        seen = [(1 - rows[0]["sparsity"], rows[0]["training_points"]) for rows in by_round if rows[0]["training_points"]]
+        seen = [(1 - row["sparsity"], row["training_points"]) for row, *_ in by_round if row["training_points"]]
         if seen:
             right.plot(*zip(*seen), **style)
     left.set_ylabel("test accuracy after training on real data (%)" if tested else "accuracy on the pruning data (%)")
@@ -267,8 +278,8 @@ def draw_runs(folders, path):
 
 def remaining_axis(axes, lowest):
     """A logarithmic axis of the fraction of weights remaining, dense at the left, labelled as the field does."""
-    ticks = [t for t in (1, .8, .64, .51, .41, .33, .26, .21, .168, .134, .107, .055, .028, .014, .007, .0035) if t >= lowest * .97]
-    ticks = ticks[::max(1, len(ticks) // 7)]
+    ticks = [.8 ** n for n in range(1 + round(math.log(lowest, .8)))]
+    ticks = ticks[::math.ceil(len(ticks) / 11)]
     axes.set_xscale("log")
     axes.set_xlim(1.08, lowest * .92)
     axes.minorticks_off()
@@ -294,32 +305,34 @@ def overlap(a, b):
 def compare_rounds(one, other):
     """Rows, one a layer and one in all, of two mask files' sparsities and overlap. Raises UserError."""
     if {n: m.shape for n, m in one["masks"].items()} != {n: m.shape for n, m in other["masks"].items()}:
-        raise UserError("the two runs prune different networks: " + " and ".join(t["config"]["model"] for t in (one, other)))
+        raise UserError(f"the two runs prune different networks: {one['config']['model']}, {other['config']['model']}")
     counts = {name: overlap(one["masks"][name].cpu(), other["masks"][name].cpu()) for name in one["masks"]}
     counts["all"] = tuple(map(sum, zip(*counts.values())))
     rows = []
     for name, (n, k, m, shared, expected, variance) in counts.items():
-        rows.append({"round": one["round"], "layer": name, "weights": n, "sparsity_a": 1 - k / n, "sparsity_b": 1 - m / n,
-                     "shared": shared, "expected": round(expected, 2), "ratio": shared / expected if expected else math.nan,
+        rows.append({"round": one["round"], "layer": name, "weights": n, "sparsity_a": 1 - k / n,
+                     "sparsity_b": 1 - m / n, "shared": shared, "expected": round(expected, 2),
+                     "ratio": shared / expected if expected else math.nan,
                      "z": (shared - expected) / math.sqrt(variance) if variance else 0.})
     return rows
 
 
 def compare(folder_a, folder_b, out):
-    """Sec. 6: overlap of two runs' masks in every round they share: compare.csv, compare.png and a table of the last."""
-    numbers = [{int(p.stem[1:]) for p in Path(f).glob("r*.pt") if p.stem[1:].isdigit()} for f in (folder_a, folder_b)]
+    """Sec. 6: overlap of two runs' masks in all rounds they share: compare.csv, compare.png, a table of the last."""
+    folders = Path(folder_a), Path(folder_b)
+    numbers = [{int(path.stem[1:]) for path in round_files(folder)} for folder in folders]
     shared = sorted((numbers[0] & numbers[1]) - {0})
     if not shared:
         raise UserError(f"{folder_a} and {folder_b} have no pruning round in common (r1.pt, r2.pt, ...)")
-    rows = [row for n in shared for row in compare_rounds(*(common.load_mask(Path(f) / f"r{n}.pt") for f in (folder_a, folder_b)))]
+    rows = [row for n in shared for row in compare_rounds(*(common.load_mask(f / f"r{n}.pt") for f in folders))]
     common.save_csv(out / "compare.csv", rows)
     last = [row for row in rows if row["round"] == shared[-1]]
     draw_comparison(rows, last, (folder_a, folder_b), out / "compare.png")
     print(f"round {shared[-1]}; A = {folder_a}, B = {folder_b}")
-    print(f"{'layer':<24} {'weights':>10} {'sparsity A':>10} {'sparsity B':>10} {'shared':>9} {'expected':>11} {'ratio':>6} {'z':>8}")
+    print("layer                       weights sparsity A sparsity B    shared    expected  ratio        z")
     for row in last:
-        print(f"{row['layer']:<24} {row['weights']:>10,} {row['sparsity_a']:>10.2%} {row['sparsity_b']:>10.2%} "
-              f"{row['shared']:>9,} {row['expected']:>11,.1f} {row['ratio']:>6.3f} {row['z']:>8.1f}")
+        print("{layer:<24} {weights:>10,} {sparsity_a:>10.2%} {sparsity_b:>10.2%} {shared:>9,} {expected:>11,.1f} "
+              "{ratio:>6.3f} {z:>8.1f}".format(**row))
     print(f"written: {out / 'compare.csv'}, {out / 'compare.png'}")
 
 
@@ -331,8 +344,9 @@ def draw_comparison(rows, last, folders, path):
     layers = [row["layer"].removesuffix(".weight") for row in last]
     positions = range(len(layers))
     remaining = {row["round"]: 1 - row["sparsity_a"] for row in rows if row["layer"] == "all"}
-    for side, column, folder, colour, hatch in ((-.2, "sparsity_a", folders[0], "C0", ""), (.2, "sparsity_b", folders[1], "C1", "//")):
-        left.bar([p + side for p in positions], [100 * row[column] for row in last], .4, label=str(folder), color=colour, hatch=hatch)
+    for side, column, folder, hatch in ((-.2, "sparsity_a", folders[0], ""), (.2, "sparsity_b", folders[1], "//")):
+        heights = [100 * row[column] for row in last]
+        left.bar([p + side for p in positions], heights, .4, label=str(folder), hatch=hatch, edgecolor="white")
     left.set_xticks(positions, layers, rotation=45 if len(layers) < 8 else 90, ha="right", fontsize=8)
     left.set_ylabel(f"sparsity in round {last[0]['round']} (%)")
     left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
@@ -365,89 +379,116 @@ def rate(text):
 
 def parse(argv=None):
     parser = common.Parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", choices=("distilled", "real", "subset", "random"), default="distilled", help="what to prune on (distilled)")
-    data.add_argument("--dataset", help=f"{', '.join(common.DATASETS)}, or a folder with {{train,test}}.npz or {{train,val}}/<class>/ (cifar10)")
-    data.add_argument("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
-    data.add_argument("--image-size", type=common.positive, help="side in pixels of images in class folders (the dataset's)")
-    data.add_argument("--train-images", type=common.positive, help="use only this many real training images (paper: all, quick: 10000)")
-    data.add_argument("--ipc", type=common.positive, default=10, help="images a class, stored in the distilled set or drawn for the subset (10)")
-    data.add_argument("--distilled", metavar="PATH", help="distilled set: EDC, DSA/DC/DM, KIP, MTT, PNG class folders or sheet (the embedded one)")
-    data.add_argument("--factor", type=common.positive, help="tiles along a side of a distilled image, multi-formation (config.json beside it, or 1)")
-    network = parser.add_argument_group("network")
-    network.add_argument("--model", help="convnet3, resnet10, resnet18 or package.module:callable (paper: resnet18, quick: convnet3)")
-    network.add_argument("--width", type=common.positive, help="channels of the first layer, scales all (convnet3: 128, quick: 32; resnet: 32, 64 above 64 pixels)")
-    network.add_argument("--norm", choices=("instance", "batch", "none"), help="normalisation (convnet3: instance, resnet: batch)")
-    pruning = parser.add_argument_group("pruning")
-    pruning.add_argument("--rounds", type=common.positive, default=10, help="last round; a --start mask's own rounds count (10)")
-    pruning.add_argument("--rate", type=rate, default=.2, help="fraction of the remaining weights removed a round (0.2)")
-    pruning.add_argument("--scope", choices=("global", "layer"), default="global", help="rank weights over all layers or within each (global)")
-    pruning.add_argument("--rewind", type=int, default=0, metavar="K", help="rewind to epoch K of dense training on real data (0: initialisation)")
-    pruning.add_argument("--rewind-what", choices=("all", "weights"), default="all", help="all parameters and buffers, or only conv and linear weights as the paper's code")
-    pruning.add_argument("--start", metavar="MASK", help="go on from this mask file, e.g. IMP from a distilled mask (Fig. 7)")
-    pruning.add_argument("--evaluate", nargs="*", type=int, metavar="ROUND", help="train the subnetworks (of these rounds, else all) on real data, report test accuracy")
-    training = parser.add_argument_group("training")
-    training.add_argument("--preset", choices=PRESETS, help="paper's settings, or a scaled-down run (paper with CUDA, else quick)")
-    training.add_argument("--epochs", type=common.positive, help="of every pruning round (paper: 1000 distilled and subset, 300 real; quick: as many as show 24000 images, real 120000)")
-    training.add_argument("--eval-epochs", type=common.positive, help="of a subnetwork on real data (paper: 300; quick: as many as show 120000 images)")
-    training.add_argument("--lr", type=float, help="learning rate; times 0.2 at 2/3 and 5/6 of the epochs (paper: 0.01, quick: 0.02)")
-    training.add_argument("--momentum", type=float, default=.9, help="(0.9)")
-    training.add_argument("--weight-decay", type=float, default=5e-4, help="(0.0005)")
-    training.add_argument("--batch-size", type=common.positive, default=64, help="(64)")
-    training.add_argument("--augment", choices=("dsa", "imagenet", "none"), help="augmentation (dsa; imagenet above 64 pixels)")
-    training.add_argument("--cutmix", type=float, help="probability of CutMix (0.5; 1 above 64 pixels)")
-    training.add_argument("--seed", type=int, default=0, help="fixes initialisation, order and augmentation (0)")
-    training.add_argument("--seeds", type=int, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
-    training.add_argument("--device", help="(cuda when there is one, else cpu)")
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, default=Path("masks"), help="folder of masks, results.csv, config.json, prune.png (masks)")
-    output.add_argument("--overwrite", action="store_true", help="replace another run in --out")
-    output.add_argument("--plot", nargs="+", metavar="DIR", help="draw finished runs together into <out>/prune.png, without training")
-    output.add_argument("--compare", nargs=2, metavar="DIR", help="overlap of two finished runs' masks into <out>/compare.csv and .png")
+    flag = parser.add_argument_group("data").add_argument
+    flag("--data", choices=("distilled", "real", "subset", "random"), default="distilled", help="pruned on (distilled)")
+    flag("--dataset", help=f"{', '.join(common.DATASETS)}, or a folder with {{train,test}}.npz or "
+                           "{train,val}/<class>/ images (cifar10)")
+    flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
+    flag("--image-size", type=positive, help="side in pixels of images in class folders (the dataset's)")
+    flag("--train-images", type=positive, help="use only so many real training images (paper: all, quick: 10000)")
+    flag("--ipc", type=positive, default=10, help="images a class in the distilled set, or drawn for the subset (10)")
+    flag("--distilled", metavar="PATH", help="distilled set: EDC, DSA/DC/DM, KIP, MTT, PNG class folders or contact "
+                                             "sheet (the embedded one)")
+    flag("--factor", type=positive, help="tiles along a side of a distilled image (as the file beside it says, or 1)")
+    flag = parser.add_argument_group("network").add_argument
+    flag("--model", help="convnet3, resnet10, resnet18 or package.module:callable (paper: resnet18, quick: convnet3)")
+    flag("--width", type=positive, help="channels of the first layer, scales all (convnet3: 128, in quick 32; resnets: "
+                                        "32, above 64 pixels 64)")
+    flag("--norm", choices=("instance", "batch", "none"), help="normalisation (convnet3: instance, resnets: batch)")
+    flag = parser.add_argument_group("pruning").add_argument
+    flag("--rounds", type=positive, default=10, help="the last round; those of a --start mask count (10)")
+    flag("--rate", type=rate, default=.2, help="fraction of the remaining weights removed in a round (0.2)")
+    flag("--scope", choices=("global", "layer"), default="global", help="rank weights over all layers or in each")
+    flag("--rewind", type=at_least(0), default=0, metavar="K",
+         help="rewind to epoch K of dense training on real data (0: initialisation)")
+    flag("--rewind-what", choices=("all", "weights"), default="all",
+         help="everything, or only conv and linear weights as the paper's code does (all)")
+    flag("--start", metavar="MASK", help="go on from this mask file, e.g. IMP from a distilled mask (Fig. 7)")
+    flag("--evaluate", nargs="*", type=at_least(0), metavar="ROUND",
+         help="train the subnetworks, of these rounds or of all, on real data and report their test accuracy")
+    flag = parser.add_argument_group("training").add_argument
+    flag("--preset", choices=PRESETS, help="the paper's settings, or a scaled-down run (paper with CUDA, else quick)")
+    flag("--epochs", type=positive, help="of a pruning round (paper: 1000 distilled and subset, 300 real; quick: as "
+                                         "many as show 24000 images, 120000 real ones)")
+    flag("--eval-epochs", type=positive, help="of a subnetwork on real data (paper: 300; quick: 120000 images)")
+    flag("--lr", type=float, help="learning rate, times 0.2 at 2/3 and 5/6 of the epochs (paper: 0.01, quick: 0.02)")
+    flag("--momentum", type=float, default=.9, help="(0.9)")
+    flag("--weight-decay", type=float, default=5e-4, help="(0.0005)")
+    flag("--batch-size", type=positive, default=64, help="(64)")
+    flag("--augment", choices=("dsa", "imagenet", "none"), help="augmentation (dsa; imagenet above 64 pixels)")
+    flag("--cutmix", type=float, help="probability of CutMix (0.5; 1 above 64 pixels)")
+    flag("--amp", action="store_true", help="train in bfloat16")
+    flag("--compile", action="store_true", help="run the training step through torch.compile")
+    flag("--seed", type=int, default=0, help="fixes initialisation, order and augmentation (0)")
+    flag("--seeds", type=int, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
+    flag("--device", help="(cuda when there is one, else cpu)")
+    flag = parser.add_argument_group("output").add_argument
+    flag("--out", type=Path, default=Path("masks"), help="folder of masks, results.csv, config.json, prune.png (masks)")
+    flag("--overwrite", action="store_true", help="replace another run in --out")
+    flag("--plot", nargs="+", metavar="DIR", help="draw finished runs together in <out>/prune.png, without training")
+    flag("--compare", nargs=2, metavar="DIR", help="overlap of two finished runs' masks in <out>/compare.csv and .png")
     return parser.parse_args(argv)
 
 
 def settings(args, preset):
     """The config of a run: flags, else those of the --start mask for the network, else the preset."""
-    base = dict(PRESETS[preset], dataset="cifar10", norm=None, image_size=None)
-    if args.start and (given := common.load(args.start)) and "config" in given:
-        base |= {key: given["config"].get(key) for key in ("model", "width", "norm", "dataset", "image_size")}
-    config = base | {key: getattr(args, key) for key in base if getattr(args, key) is not None}
-    config |= {key: getattr(args, key) for key in ("data", "ipc", "factor", "distilled", "rounds", "rate", "scope", "rewind", "rewind_what",
-                                                   "start", "momentum", "weight_decay", "batch_size")}
+    config = dict(PRESETS[preset], dataset="cifar10", norm=None, image_size=None)
+    started = common.load(args.start) if args.start else {}
+    if isinstance(started, dict) and "config" in started:
+        config |= {key: started["config"].get(key) for key in ("model", "width", "norm", "dataset", "image_size")}
+    config |= {key: getattr(args, key) for key in config if getattr(args, key) is not None}
+    config |= {key: getattr(args, key) for key in (
+        "data", "ipc", "factor", "distilled", "rounds", "rate", "scope", "rewind", "rewind_what", "start", "momentum",
+        "weight_decay", "batch_size", "augment", "cutmix", "amp", "compile")}
     if config["start"] and config["rewind"]:
         raise UserError("--rewind with --start: the mask file already holds its rewind point")
     return config
 
 
-def load_data(args, config, device):
-    """Fill in the config's image shape and classes; (distilled split or None, real (train, test) or None)."""
+def load_data(config, data_dir, device, needs_real):
+    """(distilled split or None, real (train, test) or None); fills in the config's image shape and augmentation."""
     known = common.DATASETS.get(config["dataset"])
-    real = None
-    if args.evaluate is not None or config["data"] in ("real", "subset") or config["rewind"] or not known:
-        real = common.load_real(config, args.data_dir, device)
-    else:
-        config |= dict(channels=known.channels, image_size=config["image_size"] or known.image_size,
-                       num_classes=known.num_classes, flip=known.flip)
+    real = common.load_real(config, data_dir, device) if needs_real or not known else None
+    if not real:
+        config |= {key: getattr(known, key) for key in ("channels", "num_classes", "flip")}
+        config["image_size"] = config["image_size"] or known.image_size
     large = config["image_size"] > 64
-    config["augment"] = args.augment or ("imagenet" if large else "dsa")
-    config["cutmix"] = args.cutmix if args.cutmix is not None else (1. if large else .5)
-    distilled = None
-    if config["data"] == "distilled":
-        path = config["distilled"] or common.embedded_distilled(config["dataset"], config["ipc"])
-        shape = common.Dataset(config["channels"], config["image_size"], config["num_classes"],
-                               *((known.mean, known.std) if known else (real[0].mean, real[0].std)))
-        distilled = common.load_distilled(path, shape, config["ipc"], config["factor"], device)
-    return distilled, real
+    config["augment"] = config["augment"] or ("imagenet" if large else "dsa")
+    config["cutmix"] = (1. if large else .5) if config["cutmix"] is None else config["cutmix"]
+    if config["data"] != "distilled":
+        return None, real
+    path = config["distilled"] or common.embedded_distilled(config["dataset"], config["ipc"])
+    statistics = (real[0].mean, real[0].std) if real else (known.mean, known.std)
+    shape = common.Dataset(config["channels"], config["image_size"], config["num_classes"], *statistics)
+    return common.load_distilled(path, shape, config["ipc"], config["factor"], device), real
 
 
-def fill_in_epochs(config, preset, searched, trained):
-    """The preset's epochs where no flag names them; `searched` and `trained`: images in the pruning and the real data."""
+def fill_in_epochs(config, preset, distilled, real):
+    """The preset's epochs where no flag names them: the paper's, or as many as show QUICK_IMAGES images."""
+    trained = len(real[0]) if real else common.DATASETS[config["dataset"]].train_size
+    trained = min(config["train_images"] or trained, trained)
+    subset = config["ipc"] * config["num_classes"]
+    searched = {"distilled": len(distilled or ()), "real": trained}.get(config["data"], subset)
     for key, data, images in (("epochs", config["data"], searched), ("eval_epochs", "real", trained)):
         if config[key] is None:
             config[key] = EPOCHS[data] if preset == "paper" else math.ceil(QUICK_IMAGES[data] / images)
-    if not 0 <= config["rewind"] <= config["eval_epochs"]:
-        raise UserError(f"--rewind {config['rewind']}: must lie between 0 and --eval-epochs {config['eval_epochs']}")
+    if config["rewind"] > config["eval_epochs"]:
+        raise UserError(f"--rewind {config['rewind']}: real training has only {config['eval_epochs']} epochs")
+
+
+def run_seed(config, out, args, distilled, real, device):
+    """One run of one seed, from the checks to the picture."""
+    data = {"distilled": distilled, "real": real and real[0]}.get(config["data"])
+    if config["data"] == "subset":
+        data = random_subset(real[0], config["ipc"], config["num_classes"], random_stream(config["seed"], "subset"))
+    model = common.build_network(config, config["seed"]).to(device)
+    start = common.load_mask(args.start, config, device) if args.start else None
+    if start and {n: m.shape for n, m in start["masks"].items()} != {n: w.shape for n, w in prunable(model).items()}:
+        raise UserError(f"{args.start}: its masks are of another network than {config['model']}")
+    prepare_folder(out, config, args.overwrite)
+    evaluate = range(config["rounds"] + 1) if args.evaluate == [] else args.evaluate or ()
+    print_table(find_masks(model, config, out, data, real, start, evaluate))
+    draw_runs([out], out / "prune.png")
 
 
 def main(argv=None):
@@ -460,26 +501,14 @@ def main(argv=None):
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     preset = args.preset or ("paper" if device.type == "cuda" else "quick")
     config = settings(args, preset)
-    distilled, real = load_data(args, config, device)
-    trained = len(real[0]) if real else min(config["train_images"] or math.inf, common.DATASETS[config["dataset"]].train_size)
-    searched = {"distilled": len(distilled or ()), "real": trained}.get(config["data"], config["ipc"] * config["num_classes"])
-    fill_in_epochs(config, preset, searched, trained)
-    print(f"preset {preset} ({'as asked' if args.preset else f'device {device.type}'}): {config['model']} on {config['dataset']}, "
-          f"{config['data']} data, {config['rounds']} rounds of {config['epochs']} epochs")
-    start = common.load_mask(args.start, config, device) if args.start else None
-    evaluate = range(config["rounds"] + 1) if args.evaluate == [] else args.evaluate or ()
+    needs_real = args.evaluate is not None or config["data"] in ("real", "subset") or config["rewind"]
+    distilled, real = load_data(config, args.data_dir, device, needs_real)
+    fill_in_epochs(config, preset, distilled, real)
+    print(f"preset {preset} ({'as asked' if args.preset else f'device {device.type}'}): {config['model']} on "
+          f"{config['dataset']}, {config['data']} data, {config['rounds']} rounds of {config['epochs']} epochs")
     for seed in args.seeds or [args.seed]:
         out = args.out / f"seed{seed}" if args.seeds else args.out
-        run_config = config | {"seed": seed}
-        data = {"distilled": distilled, "real": real and real[0], "random": None}.get(config["data"])
-        if config["data"] == "subset":
-            data = random_subset(real[0], config["ipc"], config["num_classes"], random_stream(seed, "subset"))
-        model = common.build_network(run_config, seed).to(device)
-        if start and {n: m.shape for n, m in start["masks"].items()} != {n: w.shape for n, w in prunable(model).items()}:
-            raise UserError(f"{args.start}: its masks are of another network than {config['model']}")
-        prepare_folder(out, run_config, args.overwrite)
-        print_table(find_masks(model, run_config, out, data, real, start, evaluate))
-        draw_runs([out], out / "prune.png")
+        run_seed(config | {"seed": seed}, out, args, distilled, real, device)
     print(f"written: masks, results.csv, config.json and prune.png in {args.out}")
 
 

@@ -223,7 +223,7 @@ def test_a_script_and_common_alone_work_in_an_empty_folder(tmp_path):
     (("--rounds", -3), "'-3'"), (("--dataset", "nowhere"), "nowhere"), (("--ipc", 7), "ipc 7"),
     (("--dataset", "cifar10", "--data", "real", "--data-dir", "empty"), "--dataset digits"), (("--model", "vgg"), "vgg"),
     (("--start", "missing.pt"), "missing.pt"), (("--distilled", "missing.pt"), "missing.pt"), (("--width", "x"), "'x'"),
-    (("--rewind", -1), "--rewind -1"), (("--plot", "nothing"), "nothing"), (("--compare", "a", "b"), "in common")])
+    (("--rewind", -1), "'-1'"), (("--plot", "nothing"), "nothing"), (("--compare", "a", "b"), "in common")])
 def test_bad_input_is_named_before_anything_is_written(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no download

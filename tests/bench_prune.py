@@ -1,0 +1,98 @@
+"""One round of Distilled Pruning against the same round written as the paper's released code is.
+
+    python tests/bench_prune.py [--width 32] [--epochs 20] [--repeats 3]
+
+Their way: a DataLoader with per-sample transforms, torch.nn.utils.prune hooks that multiply weight and mask at every
+forward pass, torch.optim.SGD. Both train convnet3 on the same 400 images (10 a class, four tiles each) for the same
+steps, and prune 20%. Every run is a process of its own; prints seconds of the round (medians, runs taken in turn),
+peak memory of the process, and the ratios.
+"""
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def ours(network, split, epochs):
+    import common
+    import prune
+
+    mask = common.dense_mask(network)
+    common.train(network, split, common.Recipe(epochs), common.random_stream(0), mask)
+    return prune.magnitude_mask(common.prunable(network), mask, .2)
+
+
+def theirs(network, split, epochs):
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.utils import prune
+    from torchvision import transforms
+
+    class Samples(torch.utils.data.Dataset):
+        augment = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
+                                      transforms.ColorJitter(.5, .5, .5), transforms.Normalize((.49, .48, .45), (.2, .2, .2))])
+
+        def __len__(self):
+            return len(split)
+
+        def __getitem__(self, i):
+            return self.augment(split.images[i]), split.labels[i]
+
+    layers = [(m, "weight") for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    for layer, name in layers:
+        prune.identity(layer, name)
+    optimizer = torch.optim.SGD(network.parameters(), .01, .9, weight_decay=5e-4)
+    loader = torch.utils.data.DataLoader(Samples(), batch_size=64, shuffle=True)
+    network.train()
+    for _ in range(epochs):
+        for images, labels in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+    prune.global_unstructured(layers, prune.L1Unstructured, amount=.2)
+
+
+def round_of(way, width, epochs):
+    """Seconds of one round and the process's peak memory in MiB."""
+    import common
+
+    common.keep_freed_memory() if way == "ours" else None
+    split = common.load_distilled(common.embedded_distilled("cifar10", 10), common.DATASETS["cifar10"], 10)
+    network = common.build_network(dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=width))
+    {"ours": ours, "theirs": theirs}[way](network, split, 1)  # warm-up, compiles on first use
+    began = time.perf_counter()
+    {"ours": ours, "theirs": theirs}[way](common.build_network(dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=width)), split, epochs)
+    print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--way", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        return round_of(args.way, args.width, args.epochs)
+    measured = {"theirs": [], "ours": []}
+    for _ in range(args.repeats):
+        for way in measured:
+            command = [sys.executable, __file__, "--way", way, "--width", str(args.width), "--epochs", str(args.epochs)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            measured[way].append([float(value) for value in output.split()])
+    print(f"convnet3 width {args.width}, {args.epochs} epochs of 400 images, medians of {args.repeats}")
+    medians = {way: [statistics.median(column) for column in zip(*runs)] for way, runs in measured.items()}
+    for way, (seconds, memory) in medians.items():
+        print(f"{way:>7}: {seconds:7.2f} s  {memory:7.0f} MiB")
+    (slow, much), (fast, little) = medians["theirs"], medians["ours"]
+    print(f"  ratio: {slow / fast:7.2f} x  {little / much:7.2f} of their memory")
+
+
+if __name__ == "__main__":
+    main()
