@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+from sparse import SparseNetwork, supports, worthwhile
 
 NAME = "lottery_csrc"
 CSRC = Path(__file__).resolve().parent / "csrc"
-CUDA_ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"
+CUDA_ARCHITECTURES = "7.5;8.0;9.0+PTX"
 CPU_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]  # the last lets comparisons into vector loops
 CUDA_FLAGS = ["-O3"]
 CHUNK = 32  # images whose activations stay in a CPU's cache
@@ -293,13 +294,17 @@ class Fused(nn.Module):
         return torch.cat([self.network(chunk) for chunk in x.split(CHUNK)])
 
 
-def fused(model):
+def fused(model, mask=None, sparse="auto"):
     """A cheap view of `model`, equal to it within rounding. The model itself never changes.
+
+    With a `mask` its layers meet the surviving weights only (sparse.py): "auto" where that pays, "on", or "off".
 
     In every nn.Sequential the run [instance norm, ReLU, AvgPool2d(2)] becomes one op, together with a convolution
     before it, whose bias the norm cancels and which therefore gets no gradient. In eval mode without gradients
     BatchNorm is folded into the convolution before it, in nn.Sequential and in common's ResNets.
     """
+    if mask and sparse != "off" and supports(model) and (sparse == "on" or worthwhile(mask)):
+        return SparseNetwork(model, mask, sparse)
     parameter = next(model.parameters(), None)
     return Fused(model) if parameter is not None and runs_on(parameter.device.type) else model
 
@@ -433,7 +438,7 @@ def can_batch(model):
     return isinstance(network, Fused) and network.plain and all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def evaluate_points(model, states, coefficients, splits, mask=None, progress=None):
+def evaluate_points(model, states, coefficients, splits, mask=None, progress=None, sparse="auto"):
     """common.evaluate_points for networks that can_batch takes: a few points at a time, on the same images.
 
     A point's scores do not depend, to the last bit, on the points it is evaluated with.
@@ -443,7 +448,7 @@ def evaluate_points(model, states, coefficients, splits, mask=None, progress=Non
     for name, kept in (mask or {}).items():
         views(keep)[name].copy_(kept)
     points = flat.new_empty(min(GROUP, len(coefficients)), flat.shape[1])
-    networks = [fused(bound(model, views(point))) for point in points]
+    networks = [fused(bound(model, views(point)), mask, sparse) for point in points]
     scores = []
     for group in torch.tensor(coefficients, dtype=torch.float32, device=flat.device).split(GROUP):
         torch.ops.lottery.combine_(points[:len(group)], flat, group, keep)

@@ -17,7 +17,7 @@ void bias_relu_(Tensor x, const Tensor& bias_, const std::optional<Tensor>& shor
     using A = Accumulator<scalar_t>;
     const auto launch = [&](auto index) {
       using I = decltype(index);
-      LAUNCH((bias_relu<scalar_t, A, I>), blocks_for(size, kPack<scalar_t> * kEpilogueThreads), kEpilogueThreads, 0, current_stream(),
+      LAUNCH((bias_relu_kernel<scalar_t, A, I>), blocks_for(size, kPack<scalar_t> * kEpilogueThreads), kEpilogueThreads, 0, current_stream(),
              x.mutable_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(),
              shortcut.defined() ? shortcut.const_data_ptr<scalar_t>() : nullptr, I(size), I(channels), I(inner));
     };

@@ -20,7 +20,7 @@ Tensor cross_entropy_top1(const Tensor& logits_, const Tensor& labels_) {
   const dim3 grid(std::min(64u, blocks_for(images, kLossWarps)), unsigned(networks));
   const Tensor sums = at::empty({networks, grid.x, 3}, options);
   DISPATCH_FLOAT_OR_LOWER(logits.scalar_type(), "cross_entropy_top1", [&] {
-    LAUNCH(lottery::cross_entropy_top1<scalar_t>, grid, 32 * kLossWarps, 0, current_stream(), logits.const_data_ptr<scalar_t>(),
+    LAUNCH(cross_entropy_top1_kernel<scalar_t>, grid, 32 * kLossWarps, 0, current_stream(), logits.const_data_ptr<scalar_t>(),
            reinterpret_cast<const long long*>(labels.const_data_ptr<int64_t>()), (long long)images, int(classes),
            sums.mutable_data_ptr<double>());
   });
@@ -31,4 +31,4 @@ Tensor cross_entropy_top1(const Tensor& logits_, const Tensor& labels_) {
 }  // namespace
 }  // namespace lottery
 
-TORCH_LIBRARY_IMPL(lottery, CUDA, m) { m.impl("cross_entropy_top1", TORCH_FN(lottery::cross_entropy_top1)); }
+TORCH_LIBRARY_IMPL(lottery, CUDA, m) { m.impl("cross_entropy_top1", &lottery::cross_entropy_top1); }

@@ -26,7 +26,7 @@ struct Planes {
   unsigned blocks() const { return small ? unsigned((count + kNormThreads / 32 - 1) / (kNormThreads / 32)) : unsigned(count); }
 };
 
-Three norm_relu_pool_(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, double eps) {
+Three norm_relu_pool(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, double eps) {
   check_norm_relu_pool(x_, weight_, bias_);
   const c10::cuda::CUDAGuard guard(x_.device());
   const Tensor x = x_.contiguous(), weight = weight_.contiguous(), bias = bias_.contiguous();
@@ -36,7 +36,7 @@ Three norm_relu_pool_(const Tensor& x_, const Tensor& weight_, const Tensor& bia
   const Planes planes(x);
   DISPATCH_FLOATING(x.scalar_type(), "norm_relu_pool", [&] {
     using A = Accumulator<scalar_t>;
-    const auto kernel = planes.small ? norm_relu_pool<scalar_t, A, 32> : norm_relu_pool<scalar_t, A, kNormThreads>;
+    const auto kernel = planes.small ? norm_relu_pool_kernel<scalar_t, A, 32> : norm_relu_pool_kernel<scalar_t, A, kNormThreads>;
     LAUNCH(kernel, planes.blocks(), kNormThreads, 0, current_stream(), x.const_data_ptr<scalar_t>(), weight.const_data_ptr<A>(),
            bias.const_data_ptr<A>(), pooled.mutable_data_ptr<scalar_t>(), mean.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>(),
            (long long)planes.count, int(planes.channels), planes.height, planes.width, A(eps));
@@ -45,7 +45,7 @@ Three norm_relu_pool_(const Tensor& x_, const Tensor& weight_, const Tensor& bia
   return {pooled, mean, rstd};
 }
 
-Three norm_relu_pool_backward_(const Tensor& grad_, const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
+Three norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
                                const Tensor& mean_, const Tensor& rstd_) {
   check_norm_relu_pool_backward(grad_, x_, weight_, bias_, mean_, rstd_);
   const c10::cuda::CUDAGuard guard(x_.device());
@@ -56,7 +56,7 @@ Three norm_relu_pool_backward_(const Tensor& grad_, const Tensor& x_, const Tens
   const Planes planes(x);
   DISPATCH_FLOATING(x.scalar_type(), "norm_relu_pool_backward", [&] {
     using A = Accumulator<scalar_t>;
-    const auto kernel = planes.small ? norm_relu_pool_backward<scalar_t, A, 32> : norm_relu_pool_backward<scalar_t, A, kNormThreads>;
+    const auto kernel = planes.small ? norm_relu_pool_backward_kernel<scalar_t, A, 32> : norm_relu_pool_backward_kernel<scalar_t, A, kNormThreads>;
     LAUNCH(kernel, planes.blocks(), kNormThreads, 0, current_stream(), grad.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
            weight.const_data_ptr<A>(), bias.const_data_ptr<A>(), mean.const_data_ptr<A>(), rstd.const_data_ptr<A>(),
            dx.mutable_data_ptr<scalar_t>(), dweight.mutable_data_ptr<A>(), dbias.mutable_data_ptr<A>(), (long long)planes.count,
@@ -70,13 +70,13 @@ Three conv_norm_relu_pool(const Tensor& x, const Tensor& kernel, const Tensor& w
                           double eps) {
   check_conv_norm_relu_pool(x, kernel, weight, bias, padding);
   const Tensor convolved = at::conv2d(x, kernel, {}, 1, padding);
-  return norm_relu_pool_(convolved, weight, bias, eps);
+  return norm_relu_pool(convolved, weight, bias, eps);
 }
 
 Three conv_norm_relu_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel, const Tensor& weight,
                                    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t padding) {
   const Tensor convolved = at::conv2d(x, kernel, {}, 1, padding);  // again, instead of keeping it
-  const auto [dconvolved, dweight, dbias] = norm_relu_pool_backward_(grad, convolved, weight, bias, mean, rstd);
+  const auto [dconvolved, dweight, dbias] = norm_relu_pool_backward(grad, convolved, weight, bias, mean, rstd);
   const auto gradients = at::convolution_backward(dconvolved, x, kernel, at::OptionalIntArrayRef(), {1, 1}, {padding, padding},
                                                   {1, 1}, false, {0, 0}, 1, {false, true, false});
   return {std::get<1>(gradients), dweight, dbias};
@@ -86,8 +86,8 @@ Three conv_norm_relu_pool_backward(const Tensor& grad, const Tensor& x, const Te
 }  // namespace lottery
 
 TORCH_LIBRARY_IMPL(lottery, CUDA, m) {
-  m.impl("norm_relu_pool", &lottery::norm_relu_pool_);
-  m.impl("norm_relu_pool_backward", &lottery::norm_relu_pool_backward_);
+  m.impl("norm_relu_pool", &lottery::norm_relu_pool);
+  m.impl("norm_relu_pool_backward", &lottery::norm_relu_pool_backward);
   m.impl("conv_norm_relu_pool", &lottery::conv_norm_relu_pool);
   m.impl("conv_norm_relu_pool_backward", &lottery::conv_norm_relu_pool_backward);
 }

@@ -13,7 +13,7 @@ void launch(const std::vector<SgdTensor>& tensors, at::ScalarType type, const Sg
   batch.first_block[0] = 0;
   const auto flush = [&] {
     if (batch.count == 0) return;
-    LAUNCH(masked_sgd<T>, batch.first_block[batch.count], kSgdThreads, 0, current_stream(), batch, step);
+    LAUNCH(masked_sgd_kernel<T>, batch.first_block[batch.count], kSgdThreads, 0, current_stream(), batch, step);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     batch.count = 0;
   };

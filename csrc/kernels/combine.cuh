@@ -13,8 +13,7 @@ template <int M, int N>
 __device__ inline void combine_pack(float* points, const float* states, const float* c, const unsigned char* keep,
                                     long long size, int count, int chunk, long long i) {
   Pack<float, N> x[M > 0 ? M : 1];
-  Pack<unsigned char, N> kept;
-  if (keep) kept = pack<N>(keep + i);
+  const Pack<unsigned char, N> kept = keep ? pack<N>(keep + i) : Pack<unsigned char, N>{};
 #pragma unroll
   for (int m = 0; m < M; ++m) x[m] = pack<N>(states + m * size + i);
   for (int k = 0; k < chunk; ++k) {
@@ -33,7 +32,7 @@ __device__ inline void combine_pack(float* points, const float* states, const fl
 
 // grid.y: chunks of `chunk` points, whose coefficients are in shared memory: chunk * count floats
 template <int M>
-__global__ void __launch_bounds__(kCombineThreads) combine(float* points, const float* states, const float* coefficients,
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(float* points, const float* states, const float* coefficients,
                                                            const unsigned char* keep, long long size, int count, int total,
                                                            int chunk) {
   DYN_SHARED(float, c);

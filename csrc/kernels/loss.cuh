@@ -10,7 +10,7 @@ constexpr int kLossWarps = 8;
 
 // One warp an image; grid (blocks, K). sums [K, blocks, 3]. A label outside of [0, C) makes the loss NaN.
 template <class T>
-__global__ void __launch_bounds__(32 * kLossWarps) cross_entropy_top1(const T* logits, const long long* labels, long long images,
+__global__ void __launch_bounds__(32 * kLossWarps) cross_entropy_top1_kernel(const T* logits, const long long* labels, long long images,
                                                                       int classes, double* sums) {
   __shared__ double shared[kLossWarps][3];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -85,7 +85,7 @@ __device__ inline void pool(const T* x, T* pooled, int height, int width, const 
 
 // A plane belongs to kThreads threads: a warp for small planes, the block for large ones.
 template <class T, class A, int kThreads>
-__global__ void __launch_bounds__(kNormThreads) norm_relu_pool(const T* x, const A* weight, const A* bias, T* pooled, A* means,
+__global__ void __launch_bounds__(kNormThreads) norm_relu_pool_kernel(const T* x, const A* weight, const A* bias, T* pooled, A* means,
                                                                A* rstds, long long planes, int channels, int height, int width,
                                                                A eps) {
   __shared__ A shared[kNormThreads / 32];
@@ -153,7 +153,7 @@ __device__ inline void backward(const T* grad, const T* x, T* dx, int height, in
 // dweight and dbias [N, C]: each plane's share
 template <class T, class A, int kThreads>
 __global__ void __launch_bounds__(kNormThreads)
-    norm_relu_pool_backward(const T* grad, const T* x, const A* weight, const A* bias, const A* means, const A* rstds, T* dx,
+    norm_relu_pool_backward_kernel(const T* grad, const T* x, const A* weight, const A* bias, const A* means, const A* rstds, T* dx,
                             A* dweights, A* dbiases, long long planes, int channels, int height, int width) {
   __shared__ A shared[kNormThreads / 32];
   const long long plane = (long long)blockIdx.x * (kNormThreads / kThreads) + threadIdx.x / kThreads;

@@ -2,8 +2,7 @@
 // tests/simt/simt.h (SIMT_CPU: each CUDA thread is a fiber) and g++ for the CPU ops (scalar functions only).
 #pragma once
 
-#if defined(SIMT_CPU)
-#include "simt.h"
+#if defined(SIMT_CPU)  // simt.h, included before, has it all
 #elif defined(__CUDACC__)
 #define DYN_SHARED(T, name)                                 \
   extern __shared__ __align__(16) unsigned char name##_raw[]; \

@@ -20,7 +20,7 @@ struct SgdTensors {  // kernel arguments are at most 4 KB
 };
 
 template <class T>
-__global__ void __launch_bounds__(kSgdThreads) masked_sgd(const __grid_constant__ SgdTensors<T> tensors, const SgdStep step) {
+__global__ void __launch_bounds__(kSgdThreads) masked_sgd_kernel(const __grid_constant__ SgdTensors<T> tensors, const SgdStep step) {
   int low = 0, high = tensors.count;  // the tensor of this block: first_block[low] <= block < first_block[high]
   while (high - low > 1) {
     const int middle = (low + high) / 2;

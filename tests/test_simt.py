@@ -1,0 +1,71 @@
+"""The source of the CUDA kernels, executed on the CPU by tests/simt/: three builds, each with planted bugs to catch."""
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+SIMT = Path(__file__).resolve().parent / "simt"
+FLAGS = {
+    "plain": ["-O1"],
+    "sanitizers": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "race": ["-O1", "-fsanitize=thread"],
+}
+WAITING = {"divergent_barrier", "barrier_after_exit", "shuffle_without_all", "shuffle_from_outside", "too_much_shared_memory"}
+UNORDERED = {"no_barrier", "overwritten", "no_syncwarp", "uninitialised"}
+CAUGHT_BY = {
+    "plain": WAITING | UNORDERED,
+    "sanitizers": {"beyond_global", "beyond_shared", "misaligned"},
+    "race": WAITING | UNORDERED | {"blocks_race"},
+}
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None or os.uname().sysname != "Linux", reason="needs g++ on Linux")
+
+
+def compile_all(folder):
+    """Build both programs in the three ways, two compilers at a time."""
+    def compile_one(job):
+        program, build = job
+        thing = folder / f"{program}_{build}.o"
+        subprocess.run(["g++", "-std=c++20", "-w", *FLAGS[build], "-c", SIMT / f"{program}.cpp", "-o", thing], check=True)
+
+    race = [folder / "race.o"]
+    subprocess.run(["g++", "-std=c++20", "-O2", "-c", SIMT / "race.cpp", "-o", *race], check=True)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, [(program, build) for program in ("test_kernels", "planted") for build in FLAGS]))
+    for program in ("test_kernels", "planted"):
+        for build in FLAGS:
+            link = {"plain": [], "race": race, "sanitizers": FLAGS["sanitizers"]}[build]
+            subprocess.run(["g++", folder / f"{program}_{build}.o", *link, "-o", folder / f"{program}_{build}"], check=True)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("simt")
+    compile_all(folder)
+    return folder
+
+
+def run(program, *arguments):
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("build, seeds", [("plain", 4), ("sanitizers", 1), ("race", 1)])
+def test_every_kernel_agrees_with_double_precision(programs, build, seeds):
+    done = run(programs / f"test_kernels_{build}", seeds)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("build", FLAGS)
+def test_each_build_catches_the_planted_bugs_of_its_kind(programs, build):
+    missed = [bug for bug in sorted(CAUGHT_BY[build]) if run(programs / f"planted_{build}", bug, 1).returncode == 0]
+    assert not missed
+
+
+@pytest.mark.parametrize("build", FLAGS)
+def test_mended_twins_pass(programs, build):
+    for bug in sorted(UNORDERED):
+        done = run(programs / f"planted_{build}", f"{bug}_mended", 1)
+        assert done.returncode == 0, bug + done.stdout + done.stderr
