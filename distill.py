@@ -37,8 +37,8 @@ from common import UserError, positive, random_stream
 
 SETTINGS = {  # of the methods; idc: Kim et al.'s for CIFAR
     "select": dict(outer=0, inner=1),
-    "dm": dict(outer=600, inner=1, synthetic_images=64, image_lr=.5, width=32),
-    "idm": dict(outer=20, inner=30, network_images=256, cross_entropy=.1, synthetic_images=64, image_lr=.5, width=32),
+    "dm": dict(outer=300, inner=1, synthetic_images=64, image_lr=.3, width=32),
+    "idm": dict(outer=20, inner=30, network_images=256, cross_entropy=.1, synthetic_images=64, image_lr=.3, width=32),
     "idc": dict(outer=2000, inner=100, network_images=2000, image_lr=.005, metric="mse"),
 }
 IDC_IMAGENET = dict(outer=500, inner=100, network_images=500, image_lr=.003, metric="l1", pretrain=10,
@@ -75,10 +75,36 @@ def class_members(real, config):
 
 
 def select(real, members, config):
-    """Random real images of every class, as tiles: [classes, ipc, C, H, W] in [0, 1]."""
-    count, stream = config["ipc"] * config["factor"] ** 2, random_stream(config["seed"], "select")
-    chosen = [own[torch.randperm(len(own), generator=stream)[:count]] for own in members]
-    return torch.stack([encode_tiles(real.images[index].float() / 255, config["factor"]) for index in chosen])
+    """Real images of every class, as tiles: [classes, ipc, C, H, W] in [0, 1].
+
+    A network trained for one epoch tells which half of a class it is surest of (images that look like their class, Sun
+    et al. 2024), and herding takes from that half.
+    """
+    stream, count = random_stream(config["seed"], "select"), config["ipc"] * config["factor"] ** 2
+    network = draw_network(config, config["seed"], real.images.device)
+    train_network(network, real, config, stream)
+    embed, linear = embedding(network)
+    images = []
+    for label, own in enumerate(members):
+        with torch.no_grad():
+            embeddings = torch.cat([embed(real.batch(index)[0]) for index in own.split(250)])
+            certainty = linear(embeddings).log_softmax(1)[:, label]
+        surest = certainty.topk(max(count, len(own) // 2)).indices
+        chosen = own[surest[herd(embeddings[surest], count)]]
+        images.append(encode_tiles(real.images[chosen].float() / 255, config["factor"]))
+    return torch.stack(images)
+
+
+def herd(embeddings, count):
+    """Indices of `count` of the embeddings [N, D] whose mean direction stays closest to that of all (Welling 2009)."""
+    embeddings = F.normalize(embeddings)
+    mean, total = embeddings.mean(0), 0.
+    taken = embeddings.new_zeros(len(embeddings))
+    for n in range(1, count + 1):
+        best = int((embeddings @ (n * mean - total) + taken).argmax())
+        total = total + embeddings[best]
+        taken[best] = -math.inf
+    return taken.isinf().nonzero().squeeze(1)
 
 
 def decode(images, real, factor):
@@ -112,6 +138,12 @@ def average_pooled(network):
     return network
 
 
+def embedding(network):
+    """(all layers but the last, the last one), sharing the network's weights."""
+    *layers, linear = network.children()
+    return nn.Sequential(*layers), linear
+
+
 def train_network(network, split, config, stream, epochs=1, momenta=None):
     """Train on `split` at the constant learning rate that a schedule three times as long begins with; the momenta."""
     recipe = common.recipe_of(config, 3 * epochs)
@@ -141,15 +173,14 @@ def gradient_distance(network, real, synthetic, label, metric="mse"):
 def embedding_distance(network, real, synthetic, label, cross_entropy=0.):
     """Squared distance of the mean embeddings of two batches of one class (Zhao & Bilen 2023, Eq. 5), and
     `cross_entropy` times the loss of the network on the synthetic one (Zhao et al. 2023, Eq. 8)."""
-    *layers, linear = network.children()
-    embed = nn.Sequential(*layers)
+    embed, linear = embedding(network)
     with torch.no_grad():
         goal = embed(real).mean(0)
-    embedding = embed(synthetic)
-    distance = (embedding.mean(0) - goal).square().sum()
+    embeddings = embed(synthetic)
+    distance = (embeddings.mean(0) - goal).square().sum()
     if cross_entropy:
         labels = torch.full((len(synthetic),), label, device=synthetic.device)
-        distance = distance + cross_entropy * F.cross_entropy(linear(embedding), labels)
+        distance = distance + cross_entropy * F.cross_entropy(linear(embeddings), labels)
     return distance
 
 
@@ -333,7 +364,7 @@ def main():
     flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
     flag("--ipc", type=positive, default=10, help="stored images per class (10)")
     flag("--factor", type=positive, help="tiles along a side of a stored image (2; digits 1, imagenet10 3)")
-    flag("--method", choices=SETTINGS, help="(idc with CUDA, else idm)")
+    flag("--method", choices=SETTINGS, help="(idc with CUDA, else dm)")
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, help="folder (distilled/<dataset>_ipc<ipc>)")
     flag("--budget", type=float, default=math.inf, metavar="MINUTES", help="stop then, keeping the set so far")
@@ -360,7 +391,7 @@ def main():
     args = parser.parse_args()
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    args.method = args.method or ("idc" if device.type == "cuda" else "idm")
+    args.method = args.method or ("idc" if device.type == "cuda" else "dm")
     config = {"dataset": args.dataset, "ipc": args.ipc, "method": args.method, "seed": args.seed}
     real, test = common.load_real(config, args.data_dir, device)
     large = config["image_size"] > 64
