@@ -343,33 +343,26 @@ def load_real(config, data_dir, device="cpu"):
     """
     name = config["dataset"]
     known = DATASETS.get(name)
+    size = config.get("image_size") or (known.image_size if known else 224)
     places = [Path(data_dir) / name, HERE / "data" / name] if known else [Path(name)]
-    arrays = None
-    for place in places:
-        if (place / "train.npz").exists() and (place / "test.npz").exists():
-            arrays = [read_npz(place / f"{part}.npz") for part in ("train", "test")]
-        elif (place / "train").is_dir():
-            size = config.get("image_size") or (known.image_size if known else 224)
-            held_out = place / ("val" if (place / "val").is_dir() else "test")
-            wanted = IMAGENET10 if name == "imagenet10" else None
-            arrays = [read_class_folders(folder, size, wanted)[:2] for folder in (place / "train", held_out)]
-        if arrays:
-            break
-    else:
-        if not known:
-            raise UserError(f"unknown dataset {name!r}: not one of {', '.join(DATASETS)}, and no folder holding "
-                            "{train,test}.npz or {train,val}/<class>/ images; --dataset digits needs no download")
+    place = next((p for p in places if (p / "train.npz").exists() or (p / "train").is_dir()), None)
+    if place:
+        arrays = read_dataset(place, size, IMAGENET10 if name == "imagenet10" else None)
+    elif known:
         arrays = download(name, Path(data_dir))
-    images = torch.from_numpy(arrays[0][0])
-    channels, size = images.shape[1], images.shape[2]
-    if known and (channels, size) != (known.channels, config.get("image_size") or known.image_size):
-        raise UserError(f"{place}: images are {channels} x {size} x {images.shape[3]}, "
-                        f"{name} has {known.channels} x {known.image_size} x {known.image_size}")
+    else:
+        raise UserError(f"unknown dataset {name!r}: not one of {', '.join(DATASETS)}, and no folder holding "
+                        "{train,test}.npz or {train,val}/<class>/ images; --dataset digits needs no download")
+    images, labels = map(torch.from_numpy, arrays[0])
+    found = images.shape[1], images.shape[2], int(max(y.max() for _, y in arrays)) + 1
+    if known and found != (known.channels, size, known.num_classes):
+        raise UserError(f"{place}: images of {found[0]} x {found[1]} x {found[1]} in {found[2]} classes, but {name} has "
+                        f"{known.channels} x {size} x {size} in {known.num_classes}")
     if not known:  # statistics of the training images themselves
         pixels = images[:10_000].double() / 255
-        known = Dataset(channels, size, int(arrays[0][1].max()) + 1, tuple(pixels.mean((0, 2, 3)).tolist()),
-                        tuple(pixels.std((0, 2, 3)).clamp(min=1e-3).tolist()))
-    config.update(channels=channels, image_size=size, num_classes=known.num_classes, flip=known.flip)
+        std = pixels.std((0, 2, 3)).clamp(min=1e-3)
+        known = Dataset(*found, tuple(pixels.mean((0, 2, 3)).tolist()), tuple(std.tolist()))
+    config.update(channels=found[0], image_size=found[1], num_classes=found[2], flip=known.flip)
     train, test = (Split(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), known.mean, known.std)
                    for x, y in arrays)
     return fixed_subset(train, config.get("train_images"), "subset"), test
@@ -382,6 +375,17 @@ def fixed_subset(split, count, purpose):
     return split.subset(torch.randperm(len(split), generator=random_stream(0, purpose))[:count].sort()[0])
 
 
+def read_dataset(place, size, wanted=None):
+    """[(images uint8 [N, C, H, W], labels [N])] of the training and the test set in the folder `place`."""
+    if (place / "train.npz").exists():
+        return [read_npz(place / f"{part}.npz") for part in ("train", "test")]
+    held_out = place / ("val" if (place / "val").is_dir() else "test")
+    parts = [read_class_folders(folder, size, wanted) for folder in (place / "train", held_out)]
+    if parts[0][2] != parts[1][2]:
+        raise UserError(f"{place / 'train'} and {held_out} hold different classes")
+    return [(images, labels) for images, labels, _ in parts]
+
+
 def read_npz(path):
     arrays = load(path)
     images, labels = arrays.get("images"), arrays.get("labels")
@@ -391,10 +395,13 @@ def read_npz(path):
 
 
 def read_class_folders(folder, size, wanted=None):
-    """Images uint8 [N, C, size, size], labels [N] and class names of <folder>/<class>/*.png|jpg, classes in
-    natural order. The shorter side is resized to `size`, the centre is cut out; all-grey images give one channel."""
-    classes = sorted((p.name for p in folder.iterdir() if p.is_dir()), key=lambda c: (0, int(c), c) if c.isdigit() else (1, 0, c))
-    classes = [c for c in wanted if c in classes] if wanted else classes
+    """Images uint8 [N, C, size, size], labels [N] and class names of <folder>/<class>/*.png|jpg, in natural order.
+
+    The shorter side is resized to `size` and the centre cut out; when all files are grey there is one channel.
+    """
+    names = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    classes = sorted(names, key=lambda c: (0, int(c), c) if c.isdigit() else (1, 0, c))
+    classes = [c for c in wanted if c in names] if wanted else classes
     files = [(file, label) for label, c in enumerate(classes) for file in sorted((folder / c).iterdir())
              if file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
@@ -403,7 +410,8 @@ def read_class_folders(folder, size, wanted=None):
     for file, _ in tqdm(files, desc=f"decoding {folder.name}", disable=None, delay=1, leave=False):
         try:
             with Image.open(file) as picture:
-                pictures.append(np.asarray(fit(picture.convert("L" if picture.mode in ("L", "1", "I;16") else "RGB"), size)))
+                grey = picture.mode in ("1", "L", "I;16")
+                pictures.append(np.asarray(fit(picture.convert("L" if grey else "RGB"), size)))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{file}: not a readable image ({error})") from error
     if len({p.ndim for p in pictures}) > 1:  # grey files among coloured ones
@@ -422,28 +430,27 @@ def fit(picture, size):
 
 
 def download(name, data_dir):
-    """Images and labels through torchvision, which checks its checksums."""
+    """[(images, labels), (images, labels)] of the training and the test set, through torchvision."""
     from torchvision import datasets
 
     makers = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "mnist": datasets.MNIST,
               "fashion": datasets.FashionMNIST, "svhn": datasets.SVHN}
-    searched = f"{name} not found in {data_dir / name}"
+    hint = f"{name} not found in {data_dir / name}; put {{train,test}}.npz or {{train,val}}/<class>/ images there, or " \
+           "use --dataset digits, which is embedded"
     if name not in makers:
-        raise UserError(f"{searched}; put {{train,test}}.npz or {{train,val}}/<class>/ there, or use --dataset digits")
+        raise UserError(hint)
     arrays = []
-    for train in (True, False):
+    for part, train in (("train", True), ("test", False)):
+        which = {"split": part} if name == "svhn" else {"train": train}
         try:
-            part = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
-            data = makers[name](str(data_dir / name), download=True, **part)
+            data = makers[name](str(data_dir / name), **which, download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{searched}, and the download failed ({str(error)[:80]}); "
-                            "give --data-dir, or use --dataset digits, which is embedded") from error
-        images, labels = np.asarray(data.data), np.asarray(data.labels if name == "svhn" else data.targets)
-        if images.ndim == 3:
-            images = images[:, None]
-        elif name != "svhn":
-            images = images.transpose(0, 3, 1, 2)
-        arrays.append((np.ascontiguousarray(images), labels.astype(np.int64)))
+            raise UserError(f"{hint} (download: {str(error)[:80]})") from error
+        images = np.asarray(data.data)
+        if name != "svhn":  # the only one that is N x C x H x W already
+            images = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
+        labels = data.labels if name == "svhn" else data.targets
+        arrays.append((np.ascontiguousarray(images), np.asarray(labels).astype(np.int64)))
     return arrays
 
 
@@ -649,6 +656,7 @@ class Recipe(NamedTuple):
     augment: str = "dsa"
     cutmix: float = .5
     flip: bool = True
+    sparse: str = "auto"  # "auto", "on" or "off": skip pruned weights on a CPU where that pays (sparse.py)
 
     def learning_rate(self, epoch):
         return self.lr * .2 ** ((epoch >= 2 * self.epochs // 3) + (epoch >= 5 * self.epochs // 6))
@@ -693,13 +701,26 @@ def train(model, split, recipe, generator, mask=None, span=None, momenta=None, p
     Every random draw (order, augmentation) comes from `generator`. Raises UserError on a loss that is not finite.
     """
     ops = compiled_ops()
-    step_, network = (ops.masked_sgd_, ops.fused(model)) if ops else (masked_sgd_, model)
+    step_, network = (ops.masked_sgd_, ops.fused(model, mask, recipe.sparse)) if ops else (masked_sgd_, model)
     apply_mask(model, mask or {})
     names, params = zip(*model.named_parameters())
     masks = [mask.get(name) if mask else None for name in names]
     momenta = momenta or [torch.zeros_like(p) for p in params]
     first, last = span or (0, recipe.epochs)
     loss, accuracy, points = math.nan, math.nan, 0
+
+    def step(images, labels, pasted, kept, lr):
+        """One update; the loss on `labels` (weight `kept`) and `pasted` (the rest), and how many labels were hit."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.amp):
+            logits = network(images)
+        logits = logits.float()
+        batch_loss = kept * F.cross_entropy(logits, labels) + (1 - kept) * F.cross_entropy(logits, pasted)
+        grads = torch.autograd.grad(batch_loss, params, allow_unused=True, materialize_grads=True)
+        step_(params, grads, momenta, masks, lr, recipe.momentum, recipe.weight_decay)
+        return batch_loss.detach(), (logits.argmax(1) == labels).sum()
+
+    if recipe.compile:
+        step = torch.compile(step, dynamic=False, mode="reduce-overhead")
     model.train()
     for epoch in range(first, last):
         lr = recipe.learning_rate(epoch)
@@ -713,14 +734,9 @@ def train(model, split, recipe, generator, mask=None, span=None, momenta=None, p
             pasted, kept = labels, 1.
             if recipe.cutmix and torch.rand((), generator=generator) < recipe.cutmix:
                 images, pasted, kept = cutmix(images, labels, generator)
-            logits = network(images)
-            batch_loss = kept * F.cross_entropy(logits, labels)
-            if kept < 1:
-                batch_loss = batch_loss + (1 - kept) * F.cross_entropy(logits, pasted)
-            grads = torch.autograd.grad(batch_loss, params, allow_unused=True, materialize_grads=True)
-            step_(params, grads, momenta, masks, lr, recipe.momentum, recipe.weight_decay)
-            losses.append(batch_loss.detach())
-            hits += (logits.argmax(1) == labels).sum()
+            batch_loss, hit = step(images, labels, pasted, torch.tensor(kept, device=images.device), lr)
+            losses.append(batch_loss.clone())  # a CUDA graph writes the next step's to the same place
+            hits += hit
         losses = torch.stack(losses).tolist()  # the only wait for a GPU in an epoch
         broken = next((step for step, value in enumerate(losses) if not math.isfinite(value)), None)
         if broken is not None:
@@ -738,10 +754,10 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model, split, batch_size=500):
+def evaluate(model, split, batch_size=500, sparse="auto"):
     """Loss and accuracy on `split` without augmentation, in eval mode; sums in float64."""
     ops = compiled_ops()
-    network = ops.fused(model) if ops else model
+    network = ops.fused(model, surviving(model), sparse) if ops else model
     model.eval()
     total = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(split), batch_size):
@@ -790,7 +806,7 @@ def refresh_batchnorm(model, split, batch_size=500):
         model.eval()
 
 
-def evaluate_points(model, states, coefficients, splits, mask=None, refresh=None, progress=None):
+def evaluate_points(model, states, coefficients, splits, mask=None, refresh=None, progress=None, sparse="auto"):
     """Scores [K][len(splits)] of the K points combine(states, coefficients[k], mask), each on all `splits`.
 
     `model` is scratch space: it ends at the last point. `refresh`, a split, re-estimates BatchNorm statistics at
@@ -798,13 +814,13 @@ def evaluate_points(model, states, coefficients, splits, mask=None, refresh=None
     """
     ops = compiled_ops()
     if ops and not refresh and ops.can_batch(model):
-        return ops.evaluate_points(model, states, coefficients, splits, mask, progress)
+        return ops.evaluate_points(model, states, coefficients, splits, mask, progress, sparse)
     scores = []
     for weights in coefficients:
         model.load_state_dict(combine(states, weights, mask))
         if refresh:
             refresh_batchnorm(model, refresh)
-        scores.append([evaluate(model, split) for split in splits])
+        scores.append([evaluate(model, split, sparse=sparse) for split in splits])
         if progress:
             progress()
     return scores
@@ -818,6 +834,11 @@ def evaluate_points(model, states, coefficients, splits, mask=None, refresh=None
 def dense_mask(model):
     """The mask that keeps every prunable weight."""
     return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable(model).items()}
+
+
+def surviving(model):
+    """The mask of the prunable weights that are not 0."""
+    return {name: weight != 0 for name, weight in prunable(model).items()}
 
 
 def sparsity(mask):
