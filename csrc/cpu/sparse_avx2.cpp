@@ -1,0 +1,23 @@
+// Eight lanes. Reached only on processors that have the instructions (sparse_conv.cpp asks).
+#include "sparse.h"
+
+#if defined(__x86_64__)
+#define LANES 8
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace lottery::sparse {
+namespace avx2_ {
+#include "sparse_kernels.h"
+}
+const Kernels avx2 = avx2_::kernels;
+}  // namespace lottery::sparse
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

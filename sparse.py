@@ -1,0 +1,250 @@
+"""Training and evaluation whose cost falls with the number of surviving weights, on the CPU.
+
+`SparseNetwork(model, mask)` is a view of a ConvNet3 or ResNet: it shares the parameters and buffers and computes the same
+function, but a layer that is sparse enough meets only its surviving weights, forward and backward, and its norm, ReLU,
+pooling and residual addition happen while the result is in the cache. csrc/cpu/sparse.h describes the layout
+[B, C, H, W, L] in which activations travel between such layers; a layer that is not sparse enough runs in PyTorch on
+[N, C, H, W], with a change of layout where the two kinds meet.
+
+Needs the compiled extension: ops.py imports this file when it has loaded it.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+AFFINE, INSTANCE, BATCH = 0, 1, 2  # enum Norm in csrc/cpu/sparse_conv.cpp
+HALO = 1  # zeros around every activation that a convolution reads
+CHUNK = 64  # images at a time when no gradient is wanted
+
+#############################################
+#                  Layout                   #
+#############################################
+
+
+class Blocked(NamedTuple):
+    """Activations of a batch: data [B, C, H + 2 halo, W + 2 halo, L] for B * L >= images."""
+
+    data: torch.Tensor
+    halo: int
+    images: int
+
+    def inside(self):
+        h, w = (size - 2 * self.halo for size in self.data.shape[2:4])
+        return self.data.narrow(2, self.halo, h).narrow(3, self.halo, w)
+
+
+def blocked(x, halo):
+    """[N, C, H, W] -> Blocked; the lanes after the last image are 0. A Blocked is left as it is."""
+    if isinstance(x, Blocked):
+        return x
+    lanes, n = torch.ops.lottery.sparse_lanes(), len(x)
+    x = F.pad(x, (halo,) * 4 + (0, 0, 0, -n % lanes))
+    return Blocked(x.unflatten(0, (-1, lanes)).permute(0, 2, 3, 4, 1).contiguous(), halo, n)
+
+
+def unblocked(x):
+    """Blocked -> [N, C, H, W], channels_last as dense layers like it."""
+    if not isinstance(x, Blocked):
+        return x
+    return x.inside().permute(0, 4, 2, 3, 1).flatten(0, 1)[:x.images].movedim(-1, 1)
+
+
+#############################################
+#                Convolution                #
+#############################################
+
+
+class SparseConv(torch.autograd.Function):
+    """y = pool(relu(norm(conv(x) + bias) + residual)); the gradient of the weight is 0 where the mask is."""
+
+    @staticmethod
+    def forward(ctx, conv, keep, options, x, weight, bias, gamma, beta, residual):
+        norm, eps, relu, pool, halo, images = options
+        y, z, mean, rstd, variance = torch.ops.lottery.sparse_conv_forward(
+            conv, x, weight, bias, gamma, beta, residual, norm, eps, relu, pool, halo, images, keep)
+        ctx.conv, ctx.options, ctx.residual = conv, options, residual is not None
+        ctx.save_for_backward(x, y if ctx.residual else mean, z, mean, rstd, weight, bias, gamma, beta)
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        norm, _, relu, pool, halo, images = ctx.options
+        x, y, z, mean, rstd, weight, bias, gamma, beta = ctx.saved_tensors
+        dx, dweight, dbias, dgamma, dbeta, dresidual = torch.ops.lottery.sparse_conv_backward(
+            ctx.conv, dy.contiguous(), x, y, z, mean, rstd, weight, bias, gamma, beta, ctx.residual, norm, relu, pool,
+            halo, images, ctx.needs_input_grad[3])
+        affine = (dgamma, dbeta) if gamma is not None else (None, None)
+        return None, None, None, dx, dweight, dbias, *affine, dresidual
+
+
+def sparse_conv(conv, x, weight, bias=None, gamma=None, beta=None, residual=None, norm=AFFINE, eps=1e-5, relu=False,
+                pool=1, halo=HALO):
+    """Sparse convolution of x (Blocked) and what follows it; returns (Blocked, mean [B, C, L], variance [C]).
+
+    `conv` is a torch.classes.lottery.SparseConv. `norm` is AFFINE (gamma and beta as given, or neither), INSTANCE or
+    BATCH (statistics of this batch, whose mean and biased variance are returned). `pool` 2 averages 2x2 after the ReLU.
+    """
+    options = (norm, eps, relu, pool, halo, x.images)
+    keep = torch.is_grad_enabled()
+    y, mean, variance = SparseConv.apply(conv, keep, options, x.data, weight.contiguous(), bias, gamma, beta, residual)
+    return Blocked(y, halo, x.images), mean, variance
+
+
+def pays(kept):
+    """Whether a layer of which `kept` (bool, out x in x ...) survives is faster sparse than dense.
+
+    Fitted to tests/bench_sparse.py. A dense convolution of a few channels leaves most of a processor's lanes idle.
+    """
+    return kept.shape[1] <= 4 or bool(kept.float().mean() < .6)
+
+
+def worthwhile(mask):
+    """Whether a network gains from the layout of sparse layers: the mean density of its convolutions is below 1/2."""
+    densities = [kept.float().mean() for kept in mask.values() if kept.dim() == 4 and kept.shape[1] > 4]
+    return bool(torch.stack(densities).mean() < .5)
+
+
+#############################################
+#             The network's view            #
+#############################################
+
+
+def norm_arguments(norm, training):
+    """What sparse_conv should do for a norm layer of common.norm_layer."""
+    if isinstance(norm, nn.Identity):
+        return {}
+    if isinstance(norm, nn.GroupNorm):
+        return dict(norm=INSTANCE, eps=norm.eps, gamma=norm.weight, beta=norm.bias)
+    if training:
+        return dict(norm=BATCH, eps=norm.eps, gamma=norm.weight, beta=norm.bias)
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return dict(gamma=scale, beta=norm.bias - norm.running_mean * scale)
+
+
+@torch.no_grad()
+def update_running_statistics(norm, mean, variance, count):
+    """What nn.BatchNorm2d does to its buffers in training."""
+    norm.num_batches_tracked += 1
+    momentum = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(variance * (count / (count - 1)), momentum)
+
+
+class Stage:
+    """Convolution, norm, residual addition, ReLU and pooling: sparse on Blocked activations, or dense on [N, C, H, W]."""
+
+    def __init__(self, conv, norm, mask, sparse, relu=True, pool=1, halo=HALO):
+        self.conv, self.norm, self.mask, self.relu, self.pool, self.halo = conv, norm, mask, relu, pool, halo
+        self.is_sparse = pays(mask) if sparse == "auto" else sparse == "on"
+        self.plans = {}
+
+    def __call__(self, x, residual=None):
+        if self.is_sparse:
+            return self.on_blocks(blocked(x, self.conv.padding[0]), residual)
+        y = self.norm(self.conv(unblocked(x)))
+        y = y if residual is None else y + unblocked(residual)
+        y = F.relu(y) if self.relu else y
+        return F.avg_pool2d(y, 2) if self.pool == 2 else y
+
+    def on_blocks(self, x, residual):
+        training = self.norm.training
+        plan = plan_for(self.plans, self.mask, x, self.conv.stride[0], self.conv.padding[0])
+        residual = None if residual is None else blocked(residual, self.halo).data
+        y, mean, variance = sparse_conv(plan, x, self.conv.weight, self.conv.bias, residual=residual, relu=self.relu,
+                                        pool=self.pool, halo=self.halo, **norm_arguments(self.norm, training))
+        if training and isinstance(self.norm, nn.BatchNorm2d):
+            update_running_statistics(self.norm, mean[0, :, 0], variance, x.images * plan.positions())
+        return y
+
+
+class Classifier:
+    """The linear layer, as a 1x1 convolution of one-pixel images when sparse."""
+
+    def __init__(self, linear, mask, sparse):
+        self.linear, self.mask = linear, mask[:, :, None, None]
+        self.is_sparse = pays(mask) if sparse == "auto" else sparse == "on"
+        self.plans = {}
+
+    def __call__(self, x):
+        if not self.is_sparse:
+            return self.linear(unblocked(x).flatten(1))
+        x = blocked(x, 0)
+        x = Blocked(x.inside().flatten(1, 3)[:, :, None, None], 0, x.images)
+        plan = plan_for(self.plans, self.mask, x, 1, 0)
+        y, _, _ = sparse_conv(plan, x, self.linear.weight[:, :, None, None], self.linear.bias, halo=0)
+        return unblocked(y).flatten(1)
+
+
+def plan_for(plans, mask, x, stride, padding):
+    """The lists of surviving weights for images of x's size, made once."""
+    height, width = (size - 2 * x.halo for size in x.data.shape[2:4])
+    key = height, width, x.halo
+    if key not in plans:
+        plans[key] = torch.classes.lottery.SparseConv(mask, *key, stride, padding)
+    return plans[key]
+
+
+def residual_block(block, mask, name, sparse):
+    """A common.BasicBlock as three stages."""
+    def stage(path, norm, **options):
+        return Stage(block.get_submodule(path), norm, mask[f"{name}.{path}.weight"], sparse, **options)
+    first, second = stage("conv1", block.norm1), stage("conv2", block.norm2)
+    shortcut = stage("shortcut.conv", block.shortcut.norm, relu=False) if len(block.shortcut) else lambda x: x
+    return lambda x: second(first(x), residual=shortcut(x))
+
+
+def max_pool(x):
+    """3x3 / 2 on activations that are not negative, so that the halo's zeros never win."""
+    if not isinstance(x, Blocked):
+        return F.max_pool2d(x, 3, 2, 1)
+    b, c, h, w, lanes = x.data.shape
+    y = F.max_pool3d(x.data.view(b * c, 1, h, w, lanes), (3, 3, 1), (2, 2, 1))
+    return Blocked(F.pad(y, (0, 0) + (HALO,) * 4).view(b, c, *(s + 2 * HALO for s in y.shape[2:4]), lanes), HALO, x.images)
+
+
+def global_average_pool(x):
+    if not isinstance(x, Blocked):
+        return x.mean((2, 3), keepdim=True)
+    return Blocked(x.inside().mean((2, 3), keepdim=True), 0, x.images)
+
+
+def supports(model):
+    """Whether SparseNetwork can be made of a model: float32 on the CPU, and a network whose layers it knows."""
+    first = next(model.parameters())
+    return type(model) in (common.ConvNet3, common.ResNet) and first.dtype == torch.float32 and first.device.type == "cpu"
+
+
+class SparseNetwork:
+    """A view of `model` that computes images [N, C, H, W] -> logits [N, classes], sharing its parameters and buffers.
+
+    `mask` says which weights survive; in sparse layers the others are taken as 0 and get gradient 0. `sparse`: "on" for
+    all layers, "auto" for those where it pays. Without gradients the images are taken in chunks that suit the cache.
+    """
+
+    def __init__(self, model, mask, sparse="auto"):
+        def stage(conv, norm, **options):
+            return Stage(model.get_submodule(conv), model.get_submodule(norm), mask[f"{conv}.weight"], sparse, **options)
+        if isinstance(model, common.ConvNet3):
+            self.stages = [stage(f"conv{i}", f"norm{i}", pool=2, halo=0 if i == 3 else HALO) for i in (1, 2, 3)]
+        else:
+            self.stages = [stage("conv1", "norm1")] + [max_pool] * hasattr(model, "pool1")
+            self.stages += [residual_block(module, mask, name, sparse) for name, module in model.named_children()
+                            if isinstance(module, common.BasicBlock)]
+            self.stages.append(global_average_pool)
+        self.stages.append(Classifier(model.linear, mask["linear.weight"], sparse))
+        self.model = model
+
+    def __call__(self, images):
+        if self.model.training or torch.is_grad_enabled():
+            return self.forward(images)
+        return torch.cat([self.forward(chunk) for chunk in images.split(CHUNK)])
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        return x
