@@ -657,6 +657,8 @@ class Recipe(NamedTuple):
     cutmix: float = .5
     flip: bool = True
     sparse: str = "auto"  # "auto", "on" or "off": skip pruned weights on a CPU where that pays (sparse.py)
+    amp: bool = False  # train in bfloat16
+    compile: bool = False  # run the step through torch.compile
 
     def learning_rate(self, epoch):
         return self.lr * .2 ** ((epoch >= 2 * self.epochs // 3) + (epoch >= 5 * self.epochs // 6))
@@ -701,7 +703,8 @@ def train(model, split, recipe, generator, mask=None, span=None, momenta=None, p
     Every random draw (order, augmentation) comes from `generator`. Raises UserError on a loss that is not finite.
     """
     ops = compiled_ops()
-    step_, network = (ops.masked_sgd_, ops.fused(model, mask, recipe.sparse)) if ops else (masked_sgd_, model)
+    sparse = "off" if recipe.amp or recipe.compile else recipe.sparse
+    step_, network = (ops.masked_sgd_, ops.fused(model, mask, sparse)) if ops else (masked_sgd_, model)
     apply_mask(model, mask or {})
     names, params = zip(*model.named_parameters())
     masks = [mask.get(name) if mask else None for name in names]
