@@ -1,0 +1,218 @@
+"""The compiled ops against PyTorch, side by side in one run: python tests/bench_ops.py [--device cuda]
+
+Medians of interleaved repetitions; a ratio above 1 means the ops are faster. On a CPU eager PyTorch is measured twice:
+as it is, and with common.keep_freed_memory(), which the scripts switch on for everything and which helps it most.
+On a GPU the achieved bandwidth of the memory-bound kernels is printed, to hold against the bytes counted in csrc/kernels.
+"""
+import argparse
+import copy
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+import ops  # noqa: E402
+
+CONVNET3 = dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=128)
+RESNET18 = dict(model="resnet18", channels=3, image_size=32, num_classes=10)
+
+
+def seconds(functions, repetitions, device):
+    """Median time of each function {name: function}, in turns; the first turn warms up."""
+    times = {name: [] for name in functions}
+    for _ in range(repetitions + 1):
+        for name, function in functions.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def row(what, ours, other, target=None):
+    wanted = f"wanted {target}" if target else ""
+    print(f"{what:<66} {ours * 1e3:9.2f} ms {other * 1e3:9.2f} ms  x {other / ours:5.2f}  {wanted}", flush=True)
+
+
+def random_mask(model, kept=.5):
+    return {name: torch.rand_like(w) < kept for name, w in common.prunable(model).items()}
+
+
+#############################################
+#                 Optimizer                 #
+#############################################
+
+
+def bench_sgd(device):
+    model = common.build_network(RESNET18).to(device)
+    mask = random_mask(model)
+    names, params = zip(*model.named_parameters())
+    masks = [mask.get(name) for name in names]
+    grads, momenta = [torch.randn_like(p) for p in params], [torch.zeros_like(p) for p in params]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p, grad in zip(theirs, grads):
+        p.grad = grad
+    optimizer = torch.optim.SGD(theirs, lr=.01, momentum=.9, weight_decay=5e-4, fused=True)
+    masked, float_masks = [p for p, m in zip(theirs, masks) if m is not None], [m.float() for m in masks if m is not None]
+
+    @torch.no_grad()
+    def torch_step():
+        optimizer.step()
+        torch._foreach_mul_(masked, float_masks)
+
+    with torch.no_grad():
+        time = seconds({"ours": lambda: ops.masked_sgd_(params, grads, momenta, masks, .01, .9, 5e-4), "torch": torch_step}, 50, device)
+    row("masked_sgd_, ResNet-18 | SGD(fused=True) and _foreach_mul_", time["ours"], time["torch"], 1.3)
+
+    size = 30_000_000  # out of any cache
+    p, g, m = (torch.randn(size, device=device) for _ in range(3))
+    keep, copied = torch.rand(size, device=device) < .5, torch.empty(size, device=device)
+    time = seconds({"ours": lambda: ops.masked_sgd_([p], [g], [m], [keep], .01, .9, 5e-4), "copy": lambda: copied.copy_(p)}, 10, device)
+    ours, copy_ = 21 * size / time["ours"] / 1e9, 8 * size / time["copy"] / 1e9
+    print(f"masked_sgd_ out of cache {ours:.1f} GB/s, a copy {copy_:.1f} GB/s: x {ours / copy_:.2f}  wanted 0.8")
+
+
+#############################################
+#          Points of weight space           #
+#############################################
+
+
+def eager_point(model, state, images, labels):
+    model.load_state_dict(state)
+    for start in range(0, len(labels), 500):
+        logits = model(images[start:start + 500])
+        F.cross_entropy(logits, labels[start:start + 500], reduction="sum").item()
+        (logits.argmax(1) == labels[start:start + 500]).sum().item()
+
+
+def bench_points(device, config, name, targets, count=2000, repetitions=2):
+    states = [common.build_network(config, seed).to(device).state_dict() for seed in (0, 1)]
+    line = [(1 - a / 10, a / 10) for a in range(11)]
+    split = common.Split(torch.randn(count, 3, 32, 32, device=device), torch.randint(10, (count,), device=device))
+    model = common.build_network(config).to(device).eval()
+
+    def eager(layout):
+        network, images = copy.deepcopy(model).to(memory_format=layout), split.images.contiguous(memory_format=layout)
+
+        @torch.no_grad()
+        def evaluate():
+            for weights in line:
+                eager_point(network, common.combine(states, weights), images, split.labels)
+
+        return evaluate
+
+    def released():
+        for weights in line:
+            eager_point(copy.deepcopy(model), common.combine(states, weights), split.images, split.labels)
+
+    time = seconds({"ours": lambda: ops.evaluate_points(model, states, line, [split]), "nchw": eager(torch.contiguous_format),
+                    "nhwc": eager(torch.channels_last), "released": released}, repetitions, device)
+    row(f"11 points of {name} | eager, eval mode, no_grad, better layout", time["ours"], min(time["nchw"], time["nhwc"]), targets[0])
+    row(f"11 points of {name} | a deep copy per point, autograd on", time["ours"], time["released"], targets[1])
+
+
+#############################################
+#               Training step               #
+#############################################
+
+
+def bench_step(device, config, name, target, repetitions=9):
+    base = common.build_network(config).to(device)
+    mask = random_mask(base, 1.)
+    images, labels = torch.randn(64, 3, 32, 32, device=device), torch.randint(10, (64,), device=device)
+
+    def ours():
+        model = copy.deepcopy(base)
+        network, (names, params) = ops.fused(model), zip(*model.named_parameters())
+        momenta, masks = [torch.zeros_like(p) for p in params], [mask.get(n) for n in names]
+
+        def step():
+            loss = F.cross_entropy(network(images), labels)
+            grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+            ops.masked_sgd_(params, grads, momenta, masks, .01, .9, 5e-4)
+            return loss.item()
+
+        return step
+
+    def eager(layout):
+        model, pixels = copy.deepcopy(base).to(memory_format=layout), images.contiguous(memory_format=layout)
+        optimizer = torch.optim.SGD(model.parameters(), lr=.01, momentum=.9, weight_decay=5e-4, fused=True)
+        pairs = [(p, mask[n].float()) for n, p in model.named_parameters() if n in mask]
+        params, masks = zip(*pairs)
+
+        def step():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(pixels), labels)
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_mul_(params, masks)
+            return loss.item()
+
+        return step
+
+    time = seconds({"ours": ours(), "nchw": eager(torch.contiguous_format), "nhwc": eager(torch.channels_last)}, repetitions, device)
+    row(f"training step of {name}, batch 64 | eager, better layout", time["ours"], min(time["nchw"], time["nhwc"]), target)
+    return ours(), eager(torch.contiguous_format)
+
+
+def bench_curve(ours, eager, steps=50):
+    differences = []
+    for _ in range(steps):
+        mine, theirs = ours(), eager()
+        differences.append(abs(mine - theirs) / theirs)
+    print(f"loss curve over {steps} steps: largest relative difference {max(differences):.1e}, the last loss {mine:.5f} | {theirs:.5f}")
+
+
+def bench_bandwidth(device):
+    """GB/s of the memory-bound kernels on a GPU, beside a copy's."""
+    x = torch.randn(512, 128, 32, 32, device=device)
+    weight, bias, y = torch.ones(128, device=device), torch.zeros(128, device=device), torch.empty_like(x)
+    pooled, mean, rstd = torch.ops.lottery.norm_relu_pool(x, weight, bias, 1e-5)
+    states, coefficients = torch.randn(2, 1 << 22, device=device), torch.randn(16, 2, device=device)
+    points = torch.empty(16, 1 << 22, device=device)
+    cases = {
+        "copy": (8 * x.numel(), lambda: y.copy_(x)),
+        "norm_relu_pool": (5 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool(x, weight, bias, 1e-5)),
+        "norm_relu_pool_backward": (9 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool_backward(pooled, x, weight, bias, mean, rstd)),
+        "bias_relu_": (12 * x.numel(), lambda: torch.ops.lottery.bias_relu_(y, bias, x)),
+        "combine_": ((4 * 2 + 1 + 4 * 16) * (1 << 22), lambda: torch.ops.lottery.combine_(points, states, coefficients, None)),
+    }
+    time = seconds({name: function for name, (_, function) in cases.items()}, 20, device)
+    for name, (moved, _) in cases.items():
+        print(f"{name:<28} {moved / time[name] / 1e9:8.1f} GB/s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    device = torch.device(parser.parse_args().device)
+    torch.manual_seed(0)
+    if not ops.load():
+        raise common.UserError("the extension is not built: python setup.py build_ext --inplace")
+    print(f"{torch.get_num_threads()} threads, {'CPU' if device.type == 'cpu' else torch.cuda.get_device_name(device)}\n"
+          f"{'':<66} {'ops':>12} {'PyTorch':>12}")
+    bench_sgd(device)
+    for kept in (False, True) if device.type == "cpu" else (False,):
+        if kept:
+            common.keep_freed_memory()
+            print("with common.keep_freed_memory() for both:")
+        bench_points(device, CONVNET3, "convnet3 width 128", (2, 3))
+        steps = bench_step(device, CONVNET3, "convnet3 width 128", 1.5)
+        bench_step(device, RESNET18, "ResNet-18", None, repetitions=5)
+    bench_points(device, RESNET18, "ResNet-18", (None, None), count=200)
+    bench_curve(*steps)
+    if device.type == "cuda":
+        bench_bandwidth(device)
+
+
+if __name__ == "__main__":
+    main()
