@@ -4,13 +4,13 @@
     python distill.py --evaluate PATH --ipc 10 --repeats 3    accuracy of networks trained from scratch on a set
 
 A stored image holds factor x factor tiles (multi-formation), so --ipc 10 --factor 2 trains on 40 images a class. Every
-method starts from real images, made small and tiled; --method says what then becomes of them:
+method starts from real images, chosen, made small and tiled; --method says what then becomes of them:
 
     select   nothing
     dm       distribution matching (Zhao & Bilen 2023): the mean embeddings of real and synthetic images are made equal,
-             in networks drawn at random
+             in networks drawn at random; the default on a CPU
     idm      the same in networks on their way through training on real data, which must also recognise the synthetic
-             images (improved distribution matching, Zhao et al. 2023); the default on a CPU
+             images (improved distribution matching, Zhao et al. 2023)
     idc      the gradients of real and synthetic images are made equal, in networks on their way through training
              (Kim et al. 2022), as the paper's data was made; the default with CUDA, days on a CPU
 
@@ -222,11 +222,20 @@ class Run:
     minutes: float = 0.
 
 
-def begin(real, members, config):
-    """A run at its first iteration. The step of the images grows with their number, as each has that much less of the
-    mean to answer for."""
-    images = select(real, members, config).requires_grad_()
-    return Run(images, torch.optim.SGD([images], lr=config["image_lr"] * config["ipc"] / 10, momentum=.5))
+def begin(real, members, config, saved=None):
+    """A run at its first iteration, or at the checkpoint `saved`.
+
+    The step of the images grows with their number, as each has that much less of the mean to answer for.
+    """
+    images = (saved["images"] if saved else select(real, members, config)).requires_grad_()
+    run = Run(images, torch.optim.SGD([images], lr=config["image_lr"] * config["ipc"] / 10, momentum=.5))
+    if saved:
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.losses, run.minutes, run.momenta = saved["losses"], saved["minutes"], saved["momenta"]
+    if saved and saved["network"]:
+        run.network = draw_network(config, 0, images.device)
+        run.network.load_state_dict(saved["network"])
+    return run
 
 
 def step(run, real, members, config):
@@ -240,9 +249,9 @@ def step(run, real, members, config):
             run.momenta = train_network(run.network, real, config, stream, config["pretrain"])
     run.optimizer.zero_grad()
     loss = match(run.network, run.images, real, members, config, stream)
-    if not math.isfinite(loss):
-        raise UserError(f"the matching loss became {loss} at iteration {iteration}; try a lower --image-lr than "
-                        f"{config['image_lr']:g}; --out holds the set of a minute ago")
+    if not (math.isfinite(loss) and run.images.grad.isfinite().all()):
+        raise UserError(f"the matching loss became {loss} at iteration {iteration}; the set before it is kept; "
+                        f"try a lower --image-lr than {config['image_lr']:g}")
     run.optimizer.step()
     run.images.data.clamp_(0, 1)
     if config["network_images"]:
@@ -258,12 +267,15 @@ def distill(real, config, out, budget=math.inf):
     call and those it goes on from. Raises UserError on a loss that is not finite; the last good set stays in `out`.
     """
     members = class_members(real, config)
-    run = begin(real, members, config)
-    resume(run, out, config)
+    run = begin(real, members, config, load_checkpoint(out, config, real.images.device))
     total, start, saved = config["outer"] * config["inner"], time.monotonic() - 60 * run.minutes, time.monotonic()
     bar = tqdm(total=total, initial=len(run.losses), desc=config["method"], disable=None)
     while len(run.losses) < total and run.minutes < budget:
-        step(run, real, members, config)
+        try:
+            step(run, real, members, config)
+        except UserError:
+            save_run(run, out, config)
+            raise
         run.minutes = (time.monotonic() - start) / 60
         bar.total = int(min(total, len(run.losses) * budget / run.minutes))  # what will be done, for the time left
         bar.set_postfix(loss=f"{run.losses[-1]:.4g}", refresh=False)
@@ -301,20 +313,15 @@ def save_run(run, out, config):
         "network": run.network.state_dict() if run.network else None, "losses": run.losses, "minutes": run.minutes})
 
 
-def resume(run, out, config):
-    """Set `run` to the checkpoint in `out`, if there is one. Raises UserError when it is of another run."""
+def load_checkpoint(out, config, device):
+    """What save_run left in `out`, or None. Raises UserError when it is of another run, --outer apart."""
     if not (out / "checkpoint.pt").exists():
-        return
-    saved = common.load(out / "checkpoint.pt", run.images.device)
+        return None
+    saved = common.load(out / "checkpoint.pt", device)
     differing = [key for key, value in config.items() if key != "outer" and saved["config"].get(key) != value]
     if differing:
         raise UserError(f"{out} holds a run with another {', '.join(differing)}; give another --out")
-    run.images.data.copy_(saved["images"])
-    run.optimizer.load_state_dict(saved["optimizer"])
-    run.losses, run.minutes, run.momenta = saved["losses"], saved["minutes"], saved["momenta"]
-    if saved["network"]:
-        run.network = draw_network(config, 0, run.images.device)
-        run.network.load_state_dict(saved["network"])
+    return saved
 
 
 #############################################
