@@ -18,7 +18,6 @@ Every row is therefore printed twice, for all prunable weights and for the survi
 """
 import math
 import operator
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
 from pathlib import Path
@@ -126,7 +125,7 @@ class Network:
         return path
 
     def has_bias(self, node):
-        """Does the layer have a bias whose derivatives are not all 0, removed by an instance norm right after it?"""
+        """Does the layer have a bias that matters? One that only instance norms read has derivatives of exactly 0."""
         after = [self.modules.get(user) for user in node.users]
         removed = all(isinstance(module, CURVED) and is_channelwise(module) for module in after)
         return self.modules[node].bias is not None and not removed
@@ -230,8 +229,7 @@ def per_channel(v, x):
     return v.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def is_halving(module, t):
-    """Average pooling of 2 x 2 blocks that fill the picture?"""
+def halves(module, t):
     return module.kernel_size == module.stride == 2 and not module.padding and not (t.shape[-1] | t.shape[-2]) & 1
 
 
@@ -258,12 +256,13 @@ def push(module, seen, t, channel):
     if isinstance(module, nn.MaxPool2d):
         index = seen[:, None, channel].expand(-1, t.shape[1], *[-1] * 3)
         return t.flatten(3).gather(3, index.flatten(3)).view_as(index)
-    if isinstance(module, nn.AvgPool2d) and is_halving(module, t):
+    if isinstance(module, nn.AvgPool2d) and halves(module, t):
         t = t[..., ::2, :] + t[..., 1::2, :]  # eight times as fast as avg_pool2d on a CPU
         return (t[..., ::2] + t[..., 1::2]).mul_(1 / 4)
     flat = t.flatten(0, 1)
     if isinstance(module, nn.Conv2d):
-        flat = F.conv2d(flat, module.weight[:, channel], None, module.stride, module.padding, module.dilation, module.groups)
+        flat = F.conv2d(flat, module.weight[:, channel], None, module.stride, module.padding, module.dilation,
+                        module.groups)
     elif isinstance(module, nn.Linear):
         flat = flat @ module.weight.T
     else:
@@ -328,7 +327,7 @@ def channel_curvature(network, values, seen, layer, o, t):
 
 
 def add_norm_curvature(network, images, labels, kept, totals):
-    """Add what the norms contribute to the diagonal of the summed loss to `totals`, at the weights `kept`, both {layer: [O, D]}."""
+    """Add the norms' part of the summed loss's diagonal to `totals`, at the weights `kept`, both {layer: [O, D]}."""
     values = network.forward(images)
     loss = F.cross_entropy(list(values.values())[-1], labels, reduction="sum")
     cotangents = dict(zip(values, torch.autograd.grad(loss, list(values.values()))))
@@ -343,11 +342,11 @@ def add_norm_curvature(network, images, labels, kept, totals):
                 total[o, part[o]] += channel_curvature(network, values, seen, layer, o, t).sum(0)
 
 
-def diagonal_terms(network, kept, at_once, images, labels):
+def diagonal_terms(network, kept, images, labels):
     """{layer: [2, O, D]}: the Gauss-Newton part and the whole diagonal of the summed loss."""
     terms = {layer: torch.stack([part * kept[layer]] * 2) for layer, part in gauss_newton(network, images).items()}
-    for few in zip(images.split(at_once), labels.split(at_once)):
-        add_norm_curvature(network, *few, kept, {layer: term[1] for layer, term in terms.items()})
+    if network.leading:
+        add_norm_curvature(network, images, labels, kept, {layer: term[1] for layer, term in terms.items()})
     return terms
 
 
@@ -359,14 +358,13 @@ def exact_diagonal(model, images, labels, mask, progress=None):
     """
     network = Network(model)
     kept = {layer: surviving(network, layer, mask) for layer in network.layers}
-    largest = max(value.numel() for value in network.forward(images[:1]).values())
-    at_once = max(1, batch_limit(images.device) // (8 * largest))
-    unit = max(4, at_once)
     sums = {layer: torch.zeros(2, *part.shape).to(images) for layer, part in kept.items()}
+    largest = max(value.numel() for value in network.forward(images[:1]).values())
+    few = max(1, batch_limit(images.device) // (8 * largest))
     workers = torch.get_num_threads() if images.device.type == "cpu" else 1
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        work = partial(diagonal_terms, network, kept, at_once)
-        for terms, done in zip(pool.map(work, images.split(unit), labels.split(unit)), labels.split(unit)):
+        batches = images.split(few), labels.split(few)
+        for terms, done in zip(pool.map(partial(diagonal_terms, network, kept), *batches), batches[1]):
             for layer, term in terms.items():
                 sums[layer] += term / len(labels)
             if progress:
@@ -414,7 +412,7 @@ class Hessian:
         return torch.autograd.grad(*outputs, self.parameters, allow_unused=True, materialize_grads=True, **options)
 
     def product(self, v):
-        parts = v.split([p.numel() for p in self.parameters])
+        parts = (v * self.kept).split([p.numel() for p in self.parameters])
         inner = sum((g * part.view_as(g)).sum() for g, part in zip(self.gradients, parts))
         return torch.cat([g.flatten() for g in self.grad(inner, retain_graph=True)]) * self.kept
 
@@ -428,17 +426,17 @@ class Hessian:
         return torch.randint(2, shape or self.kept.shape, generator=generator).to(self.logits).mul_(2).sub_(1)
 
     def probe(self, generator):
-        """v * Hv of random signs v, the diagonal plus noise (Hutchinson), and the Gauss-Newton part's trace plus noise."""
+        """v * Hv for random signs v, the diagonal plus noise (Hutchinson), and the Gauss-Newton trace plus noise."""
         p = self.logits.detach().softmax(1)
         r = p.sqrt() * self.signs(generator, p.shape)
         root = torch.cat([g.flatten() for g in self.grad(self.logits, grad_outputs=r - p * r.sum(1, keepdim=True),
                                                          retain_graph=True)])
         v = self.signs(generator)
-        return v * self.product(v * self.kept), (root * self.kept).square().sum() / len(p)
+        return v * self.product(v), (root * self.kept).square().sum() / len(p)
 
 
-def top_eigenvalue(product, start, steps=80, tolerance=.005):
-    """(largest eigenvalue, error bar) by Lanczos: an eigenvalue lies within the error bar, the residual's norm.
+def top_eigenvalue(product, start, steps=100, tolerance=.001):
+    """(largest eigenvalue, error bar) by Lanczos: an eigenvalue lies within the error bar, the norm of the residual.
 
     The vectors are not kept and not orthogonalised again, which repeats eigenvalues but leaves the largest in place.
     """
@@ -470,9 +468,8 @@ def probe_figures(D, total):
     Two probes have independent noise: of the m x m products between probes only those of different ones are used
     (a U-statistic), else the noise would count as spread.
     """
-    D, m = D.double(), len(D)
-    means = D.sum(1) / total
-    between = D @ D.T / total - means[:, None] * means
+    m, means = len(D), D.double().sum(1) / total
+    between = (D @ D.T).double() / total - means[:, None] * means
     rows = between.sum(1) - between.diag()
     std = (rows.sum() / (m * (m - 1))).clamp(min=0).sqrt()
     left_out = ((rows.sum() - 2 * rows) / ((m - 1) * (m - 2))).clamp(min=0).sqrt()
@@ -515,8 +512,8 @@ def measure(model, images, labels, mask, method, weights, probes, generator):
     start = torch.randn(len(hessian.kept), generator=generator).to(hessian.logits) * hessian.kept
     shared = {"top_eigenvalue": top_eigenvalue(hessian.product, start)}
     if method == "exact":
-        with bar(total=len(labels), desc="diagonal", unit="image") as progress:
-            loss_part, diagonal, label = exact_diagonal(model, images, labels, mask, progress.update)
+        with bar(total=len(labels), desc="diagonal", unit="image") as images_done:
+            loss_part, diagonal, label = exact_diagonal(model, images, labels, mask, images_done.update)
         trace, loss_trace = (sum(float(h.double().sum()) for h in part.values()) for part in (diagonal, loss_part))
         shared |= {"trace": (trace, 0.), "gauss_newton_share": (loss_trace / trace, 0.)}
         entries = torch.cat([diagonal[name][kept] for name, kept in mask.items()])
@@ -527,7 +524,11 @@ def measure(model, images, labels, mask, method, weights, probes, generator):
         shared |= trace_figures(D.sum(1).double(), loss_traces.double())
         order = torch.randperm(len(hessian.chosen), generator=generator)[:weights]
         entries = torch.stack([hessian.entry(i) for i in bar(hessian.chosen[order.to(images.device)], desc="weights")])
-        label = f"{method}: {probes} probes; {len(entries)} exact entries"
+        sample = f"{len(entries)} exact entries"
+        if len(entries) < len(hessian.chosen):  # (1 - fraction beyond) ** n = 5%
+            sample += f" (95% sure: at most {1 - .05 ** (1 / len(entries)):.1%} of weights beyond min or max)"
+        label = {"estimate": f"estimate: {probes} probes; min, max, mean |h| of {sample}",
+                 "brute": f"brute: {sample}; trace, GN share of {probes} probes"}[method]
         diagonals = {}
     figures = {}
     for scope, total in ("all", int(hessian.prunable.sum())), ("surviving", len(hessian.chosen)):
@@ -548,8 +549,8 @@ def check_batchnorm(model):
     """Refuse BatchNorm with the batch's statistics: it couples samples. Raises UserError."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise UserError(f"BatchNorm {name} is in train mode: it uses the statistics of the batch, which couples its "
-                            "samples; call eval(), with running statistics")
+            raise UserError(f"BatchNorm {name} is in train mode: statistics of the batch couple its samples; "
+                            "call eval(), with running statistics")
 
 
 def analyse(path, subnetwork, train, settings, args):
@@ -558,9 +559,10 @@ def analyse(path, subnetwork, train, settings, args):
     if file.exists() and (earlier := common.load(file)).get("settings") == settings:
         return earlier
     masks, dtype, seed = subnetwork["masks"], getattr(torch, args.dtype), settings["batch_seed"]
-    state = common.endpoint(args.endpoints, path, subnetwork, train, 0, args.epochs, args.seed, overwrite=args.overwrite)
+    trained = common.endpoint(args.endpoints, path, subnetwork, train, 0, args.epochs, args.seed,
+                              overwrite=args.overwrite)
     model = common.build_network(subnetwork["config"]).to(train.labels.device)
-    model.load_state_dict(state["state"])
+    model.load_state_dict(trained["state"])
     common.apply_mask(model, masks)
     model = model.to(dtype).eval()
     broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
@@ -574,9 +576,9 @@ def analyse(path, subnetwork, train, settings, args):
                            random_stream(seed, "hessian", number))
         figures.append(measured[0])
         diagonals.append(measured[1])
-    result = {"format": FORMAT, "settings": settings, "method": measured[2], "masks": masks, "config": subnetwork["config"],
-              "sparsity": subnetwork["sparsity"], "scopes": {scope: over_batches([f[scope] for f in figures])
-                                                             for scope in ("all", "surviving")}}
+    result = {"format": FORMAT, "settings": settings, "method": measured[2], "sparsity": subnetwork["sparsity"],
+              "config": subnetwork["config"], "masks": masks,
+              "scopes": {scope: over_batches([batch[scope] for batch in figures]) for scope in ("all", "surviving")}}
     for part in diagonals[0]:
         result[part] = {name: sum(d[part][name] for d in diagonals) / len(diagonals) for name in diagonals[0][part]}
     common.save(file, result)
@@ -584,10 +586,9 @@ def analyse(path, subnetwork, train, settings, args):
 
 
 def over_batches(figures):
-    """{figure: [mean, error bar of the mean, standard deviation]} over batches of {figure: (value, error bar)}."""
-    n = len(figures)
+    """{figure: [mean, standard deviation, error bar of the mean]} over batches of {figure: (value, error bar)}."""
     return {name: [*mean_and_std([float(f[name][0]) for f in figures]),
-                   sum(float(f[name][1]) ** 2 for f in figures) ** .5 / n] for name in FIGURES}
+                   math.hypot(*(float(f[name][1]) for f in figures)) / len(figures)] for name in FIGURES}
 
 
 #############################################
@@ -609,19 +610,20 @@ def paper_figures(result):
 
 
 def print_table(results):
-    print_row("subnetwork", "sparsity", "weights", ("min / max", "mean +- std", "mean |h|", "trace", "top eigenvalue", "GN share"))
+    print_row("subnetwork", "sparsity", "weights",
+              ("min / max", "mean +- std", "mean |h|", "trace", "top eigenvalue", "GN share"))
     for result in results:
-        several = result["settings"]["batches"] > 1
+        exact, several = result["settings"]["method"] == "exact", result["settings"]["batches"] > 1
         for scope, figures in result["scopes"].items():
-            means, spreads, errors = ({name: figure[i] for name, figure in figures.items()} for i in range(3))
+            means, spreads, errors = ({name: f[i] for name, f in figures.items()} for i in range(3))
             print_row(label_of(result), f"{result['sparsity']:.1%}", scope, cells(means))
-            if result["settings"]["method"] != "exact":
+            if not exact:
                 print_row("  error bar", "", "", cells(errors))
             if several:
                 print_row("  std over batches", "", "", cells(spreads))
             if scope == "all" and paper_figures(result):
                 print_row("  paper", "", "", cells(dict(zip(FIGURES, paper_figures(result)))))
-        print(f"  {result['method']}; top eigenvalue +- {errors['top_eigenvalue']:.1g}")
+        print(f"  {result['method']}" + f"; top eigenvalue +- {errors['top_eigenvalue']:.1g}" * exact)
 
 
 def cells(figures):
@@ -630,14 +632,16 @@ def cells(figures):
 
 
 def print_row(label, sparsity, scope, cells):
-    print(f"{label:<24} {sparsity:>8} {scope:>9}", *(f"{cell:>{width}}" for cell, width in zip(cells, (18, 20, 9, 8, 14, 8))))
+    widths = 18, 20, 9, 8, 14, 8
+    print(f"{label:<24} {sparsity:>8} {scope:>9}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
 
 
 def table_rows(results):
     """A row for each mask and scope, for hessian.csv."""
     return [{"mask": path, "family": label_of(result), "sparsity": result["sparsity"], "method": result["method"],
              "scope": scope, **result["settings"]}
-            | {name + ending: figure[i] for name, figure in figures.items() for i, ending in enumerate(("", "_std", "_error"))}
+            | {name + ending: value for name, figure in figures.items()
+               for ending, value in zip(("", "_std", "_error"), figure)}
             for path, result in results.items() for scope, figures in result["scopes"].items()]
 
 
@@ -645,14 +649,15 @@ def draw_histograms(results, path):
     """Distributions over surviving weights, common bins, a panel for each sparsity with the families overlaid."""
     from matplotlib.figure import Figure
 
-    values = [torch.cat([result["diagonal"][name][kept] for name, kept in result["masks"].items()]).cpu() for result in results]
+    values = [torch.cat([result["diagonal"][name][kept] for name, kept in result["masks"].items()]).float().cpu()
+              for result in results]
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     levels = sorted({round(100 * result["sparsity"]) for result in results} - {0}) or [0]
     figure = Figure(figsize=(5.5 * len(levels), 4), layout="constrained")
     for axes, level in zip(figure.subplots(1, len(levels), sharey=True, squeeze=False)[0], levels):
         for result, h in zip(results, values):
             if round(100 * result["sparsity"]) in (0, level):
-                counts, edges = torch.histogram(h.float(), 120, range=(low, high))
+                counts, edges = torch.histogram(h, 120, range=(low, high))
                 axes.stairs(counts, edges, label=f"{label_of(result)}, {result['sparsity']:.0%} sparse")
         axes.set_yscale("log")
         axes.set_xlabel("second derivative of the loss along a weight")
@@ -671,9 +676,9 @@ def parse(argv=None):
     common.subnetwork_flags(parser)
     group = parser.add_argument_group("Hessian diagonal")
     group.add_argument("--batch", type=common.positive, default=64, help="training images in a batch (64)")
-    group.add_argument("--batches", type=common.positive, default=1, help="batches; figures are means, with their spread (1)")
+    group.add_argument("--batches", type=common.positive, default=1, help="batches: means, and their spread (1)")
     group.add_argument("--method", choices=("exact", "estimate", "brute"), default="exact",
-                       help="exact; estimate: any network, with error bars; brute: one Hessian product a weight (exact)")
+                       help="exact; estimate: any network, with error bars; brute: a Hessian product a weight (exact)")
     group.add_argument("--weights", type=common.at_least(2), metavar="N",
                        help="random weights with exact entries (estimate: 200, brute: all)")
     group.add_argument("--probes", type=common.at_least(3), default=64, help="random vectors of the estimates (64)")
@@ -681,7 +686,8 @@ def parse(argv=None):
     group.add_argument("--endpoints", type=Path, default=Path("runs/stability"), metavar="DIR",
                        help="trained subnetworks of stability.py, made when missing (runs/stability)")
     group.add_argument("--overwrite", action="store_true", help="replace end points of other settings")
-    group.add_argument("--out", type=Path, default=Path("runs/hessian"), help="hessian.csv, hessian.png, diagonals (runs/hessian)")
+    group.add_argument("--out", type=Path, default=Path("runs/hessian"), metavar="DIR",
+                       help="table, picture, diagonals (runs/hessian)")
     args = parser.parse_args(argv)
     args.weights = args.weights or (200 if args.method == "estimate" else None)
     return args
@@ -701,7 +707,11 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     subnetworks, train, _ = common.load_subnetworks(args.mask, args)
     if args.batch * args.batches > len(train):
-        raise UserError(f"--batch {args.batch} x --batches {args.batches} is more than the {len(train)} training images")
+        raise UserError(f"--batch {args.batch} x --batches {args.batches}: more than the {len(train)} training images")
+    model = common.build_network(next(iter(subnetworks.values()))["config"]).eval()
+    check_batchnorm(model)
+    if args.method == "exact":
+        Network(model)  # refuses before the training, not after it
     results = {path: analyse(path, subnetwork, train, settings_of(args, subnetwork, train), args)
                for path, subnetwork in subnetworks.items()}
     print_table(results.values())

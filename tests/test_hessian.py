@@ -26,7 +26,7 @@ NETWORKS = {
     "convnet3 none": lambda: common.ConvNet3(3, 8, 3, 6, "none"),
     "resnet batch": lambda: common.ResNet((1, 1), 3, 8, 3, 4, "batch"),
     "resnet instance": lambda: common.ResNet((1, 1), 3, 8, 3, 4, "instance"),
-    "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.ReLU(), nn.Linear(5, 3)),
+    "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.ReLU(), nn.Linear(3, 3)),
     "mixed": mixed,
 }
 
@@ -132,7 +132,7 @@ def test_top_eigenvalue_against_dense_linear_algebra():
     dense = torch.stack([product.product(e) for e in torch.eye(len(product.kept), dtype=torch.float64)])
     assert torch.allclose(dense.diag(), flat(brute_force(model, mask, images, labels)), atol=1e-13)
     top, error = hessian.top_eigenvalue(product.product, torch.randn(len(dense), dtype=torch.float64))
-    assert abs(top - torch.linalg.eigvalsh(dense)[-1]) <= error < .01 * top
+    assert abs(top - torch.linalg.eigvalsh(dense)[-1]) <= error <= .001 * top
 
 
 def test_error_bars_cover_the_truth():
