@@ -417,6 +417,8 @@ def parse(argv=None):
     flag("--batch-size", type=positive, default=64, help="(64)")
     flag("--augment", choices=("dsa", "imagenet", "none"), help="augmentation (dsa; imagenet above 64 pixels)")
     flag("--cutmix", type=float, help="probability of CutMix (0.5; 1 above 64 pixels)")
+    flag("--sparse", choices=("auto", "on", "off"), default="auto",
+         help="skip pruned weights on a CPU: where it is faster, always or never (auto)")
     flag("--amp", action="store_true", help="train in bfloat16")
     flag("--compile", action="store_true", help="run the training step through torch.compile")
     flag("--seed", type=int, default=0, help="fixes initialisation, order and augmentation (0)")
@@ -439,7 +441,7 @@ def settings(args, preset):
     config |= {key: getattr(args, key) for key in config if getattr(args, key) is not None}
     config |= {key: getattr(args, key) for key in (
         "data", "ipc", "factor", "distilled", "rounds", "rate", "scope", "rewind", "rewind_what", "start", "momentum",
-        "weight_decay", "batch_size", "augment", "cutmix", "amp", "compile")}
+        "weight_decay", "batch_size", "augment", "cutmix", "sparse", "amp", "compile")}
     if config["start"] and config["rewind"]:
         raise UserError("--rewind with --start: the mask file already holds its rewind point")
     return config
