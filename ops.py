@@ -83,8 +83,8 @@ def prebuilt():
 
 
 def outdated(library):
-    """Whether csrc/ holds a file newer than `library`."""
-    return any(file.stat().st_mtime > os.path.getmtime(library) for file in CSRC.rglob("*.*"))
+    """Whether csrc/ holds a source newer than `library`."""
+    return any(file.stat().st_mtime > os.path.getmtime(library) for file in CSRC.rglob("*.*") if file.suffix != ".md")
 
 
 def sources(cuda):
@@ -93,7 +93,7 @@ def sources(cuda):
 
 
 def build():
-    """Build csrc/ into torch's cache of extensions and return the library's path. RuntimeError without csrc/ or tools."""
+    """Build csrc/ into torch's cache of extensions and return the library's path. RuntimeError when that fails."""
     if not CSRC.is_dir():
         raise RuntimeError("no csrc/ beside ops.py, and no extension installed")
     set_cuda_home()
@@ -153,7 +153,7 @@ def set_cuda_home():
 
 
 def masked_sgd_(params, grads, momenta, masks, lr, momentum=0., weight_decay=0., dampening=0., nesterov=False):
-    """common.masked_sgd_ in one pass over memory and one launch; parameters also bfloat16 or float16, momenta float32."""
+    """common.masked_sgd_ in one pass and one launch; parameters also bfloat16 or float16, momenta float32."""
     if not runs_on(params[0].device.type):
         return common.masked_sgd_(params, grads, momenta, masks, lr, momentum, weight_decay, dampening, nesterov)
     torch.ops.lottery.masked_sgd_(params, grads, momenta, masks, lr, momentum, dampening, weight_decay, nesterov)
@@ -236,7 +236,8 @@ def register():
 
     @torch.library.register_fake("lottery::conv_norm_relu_pool_backward")
     def _(grad, x, kernel, weight, bias, mean, rstd, padding):
-        return torch.empty_like(kernel, memory_format=torch.contiguous_format), torch.empty_like(weight), torch.empty_like(bias)
+        dkernel = torch.empty_like(kernel, memory_format=torch.contiguous_format)
+        return dkernel, torch.empty_like(weight), torch.empty_like(bias)
 
     @torch.library.register_fake("lottery::conv3x3")
     def _(x, kernel):
@@ -389,7 +390,8 @@ class NormBlock(nn.Module):
         self.norm = norm
 
     def forward(self, x):
-        weight, bias = (p.double() if x.dtype == torch.float64 else p.float() for p in (self.norm.weight, self.norm.bias))
+        sums_in = torch.float64 if x.dtype == torch.float64 else torch.float32
+        weight, bias = self.norm.weight.to(sums_in), self.norm.bias.to(sums_in)
         return torch.ops.lottery.norm_relu_pool(x, weight, bias, self.norm.eps)[0]
 
 
@@ -408,9 +410,10 @@ class ConvBlock(NormBlock):
 
     def forward(self, x):
         conv, norm = self.conv, self.norm
-        if self.few_channels and x.device.type == "cpu" and x.dtype == conv.weight.dtype == norm.weight.dtype and not x.requires_grad:
-            pooled = torch.ops.lottery.conv_norm_relu_pool(x, conv.weight, norm.weight, norm.bias, conv.padding[0], norm.eps)
-            return pooled[0]
+        same_type = x.dtype == conv.weight.dtype == norm.weight.dtype
+        if self.few_channels and x.device.type == "cpu" and same_type and not x.requires_grad:
+            op = torch.ops.lottery.conv_norm_relu_pool
+            return op(x, conv.weight, norm.weight, norm.bias, conv.padding[0], norm.eps)[0]
         return super().forward(convolve(conv, x, conv.weight))
 
 
@@ -458,7 +461,7 @@ class FoldedBlock(nn.Module):
         return self.conv2(self.conv1(x), self.shortcut(x)) if self.folds else self.block(x)
 
 
-# What a network of these, without hooks, does is known: its activations may be channels_last, its images taken in chunks.
+# What a network of these does, without hooks, is known: it may run in channels_last, and on chunks of a batch.
 PLAIN = {nn.Sequential, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.ReLU, nn.AvgPool2d,
          nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Dropout,
          common.ConvNet3, common.BasicBlock, common.ResNet}

@@ -12,10 +12,12 @@
 #include <vector>
 
 // Runs a lambda with `scalar_t` = the element type, where double is not taken.
-#define DISPATCH_FLOAT_OR_LOWER(type, name, ...)                                                       \
-  AT_DISPATCH_SWITCH(type, name, AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__) \
-                                     AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
-#define DISPATCH_FLOATING(type, name, ...) AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, name, __VA_ARGS__)
+#define DISPATCH_FLOAT_OR_LOWER(type, name, ...)                                                        \
+  AT_DISPATCH_SWITCH(type, name,                                                                        \
+                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__) \
+                         AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+#define DISPATCH_FLOATING(type, name, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, name, __VA_ARGS__)
 
 namespace lottery {
 
@@ -29,7 +31,9 @@ template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // A mask's bytes: g++ makes no vectors of bool.
-inline const uint8_t* bytes(const Tensor& mask) { return reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>()); }
+inline const uint8_t* bytes(const Tensor& mask) {
+  return reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>());
+}
 
 inline bool is_floating(at::ScalarType t) {
   return t == at::kFloat || t == at::kDouble || t == at::kHalf || t == at::kBFloat16;
@@ -56,15 +60,18 @@ inline std::vector<SgdTensor> check_masked_sgd(at::TensorList params, at::Tensor
     TORCH_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
                 "masked_sgd_: params are float32, float16 or bfloat16, param ", i, " is ", type);
     TORCH_CHECK(g.scalar_type() == type, "masked_sgd_: param ", i, " is ", type, ", its grad ", g.scalar_type());
-    TORCH_CHECK(m.scalar_type() == at::kFloat, "masked_sgd_: momenta are float32, momentum ", i, " is ", m.scalar_type());
+    TORCH_CHECK(m.scalar_type() == at::kFloat, "masked_sgd_: momenta are float32, momentum ", i, " is ",
+                m.scalar_type());
     TORCH_CHECK(g.sizes() == p.sizes() && m.sizes() == p.sizes(), "masked_sgd_: param ", i, " is ", p.sizes(),
                 ", its grad ", g.sizes(), ", its momentum ", m.sizes());
     TORCH_CHECK(g.device() == p.device() && m.device() == p.device() && p.device() == params[0].device(),
                 "masked_sgd_: param ", i, " is on ", p.device(), ", its grad on ", g.device(), ", its momentum on ",
                 m.device(), ", the first param on ", params[0].device());
     if (mask) {
-      TORCH_CHECK(mask->scalar_type() == at::kBool, "masked_sgd_: masks are bool, mask ", i, " is ", mask->scalar_type());
-      TORCH_CHECK(mask->sizes() == p.sizes(), "masked_sgd_: param ", i, " is ", p.sizes(), ", its mask ", mask->sizes());
+      TORCH_CHECK(mask->scalar_type() == at::kBool, "masked_sgd_: masks are bool, mask ", i, " is ",
+                  mask->scalar_type());
+      TORCH_CHECK(mask->sizes() == p.sizes(), "masked_sgd_: param ", i, " is ", p.sizes(), ", its mask ",
+                  mask->sizes());
       TORCH_CHECK(mask->device() == p.device(), "masked_sgd_: param ", i, " is on ", p.device(), ", its mask on ",
                   mask->device());
     }
@@ -103,19 +110,22 @@ inline void check_combine(const Tensor& points, const Tensor& states, const Tens
   TORCH_CHECK(states.size(0) > 0, "combine_: at least one state wanted, got none");
   for (const Tensor* t : {&points, &states, &coefficients}) {
     TORCH_CHECK(t->scalar_type() == at::kFloat, "combine_: float32 wanted, got ", t->scalar_type());
-    TORCH_CHECK(t->device() == points.device(), "combine_: points are on ", points.device(), ", others on ", t->device());
+    TORCH_CHECK(t->device() == points.device(), "combine_: points are on ", points.device(), ", others on ",
+                t->device());
   }
   TORCH_CHECK(points.is_contiguous(), "combine_: points must be contiguous, their strides are ", points.strides());
   if (keep) {
     TORCH_CHECK(keep->dim() == 1 && keep->size(0) == states.size(1) && keep->scalar_type() == at::kBool,
                 "combine_: keep is bool [", states.size(1), "], got ", keep->scalar_type(), " ", keep->sizes());
-    TORCH_CHECK(keep->device() == points.device(), "combine_: points are on ", points.device(), ", keep on ", keep->device());
+    TORCH_CHECK(keep->device() == points.device(), "combine_: points are on ", points.device(), ", keep on ",
+                keep->device());
   }
 }
 
 inline void check_cross_entropy_top1(const Tensor& logits, const Tensor& labels) {
   TORCH_CHECK(logits.dim() == 3 && labels.dim() == 1 && logits.size(1) == labels.size(0),
-              "cross_entropy_top1: logits [K, B, C] and labels [B] wanted, got ", logits.sizes(), " and ", labels.sizes());
+              "cross_entropy_top1: logits [K, B, C] and labels [B] wanted, got ", logits.sizes(), " and ",
+              labels.sizes());
   TORCH_CHECK(logits.size(2) > 0, "cross_entropy_top1: logits of no class, ", logits.sizes());
   const auto type = logits.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
@@ -130,7 +140,8 @@ inline void check_norm(const char* op, const Tensor& x, int64_t channels, const 
   TORCH_CHECK(is_floating(x.scalar_type()), op, ": x is float32, float64, float16 or bfloat16, got ", x.scalar_type());
   const auto type = accumulation_type(x.scalar_type());
   for (const Tensor* t : {&weight, &bias}) {
-    TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": weight and bias are [", channels, "], got ", t->sizes());
+    TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": weight and bias are [", channels, "], got ",
+                t->sizes());
     TORCH_CHECK(t->scalar_type() == type, op, ": weight and bias are ", type, " for x of ", x.scalar_type(), ", got ",
                 t->scalar_type());
     TORCH_CHECK(t->device() == x.device(), op, ": x is on ", x.device(), ", weight or bias on ", t->device());
@@ -151,8 +162,8 @@ inline void check_norm_relu_pool_backward(const Tensor& grad, const Tensor& x, c
               grad.scalar_type(), " ", grad.sizes());
   for (const Tensor* t : {&mean, &rstd})
     TORCH_CHECK(t->sizes() == x.sizes().slice(0, 2) && t->scalar_type() == weight.scalar_type(),
-                "norm_relu_pool_backward: mean and rstd are ", weight.scalar_type(), " ", x.sizes().slice(0, 2), ", got ",
-                t->scalar_type(), " ", t->sizes());
+                "norm_relu_pool_backward: mean and rstd are ", weight.scalar_type(), " ", x.sizes().slice(0, 2),
+                ", got ", t->scalar_type(), " ", t->sizes());
 }
 
 // Returns the convolution's output height and width.
@@ -164,10 +175,21 @@ inline std::array<int64_t, 2> check_conv_norm_relu_pool(const Tensor& x, const T
               "conv_norm_relu_pool: x is ", x.scalar_type(), " ", x.sizes(), " on ", x.device(), ", kernel ",
               kernel.scalar_type(), " ", kernel.sizes(), " on ", kernel.device());
   TORCH_CHECK(padding >= 0, "conv_norm_relu_pool: padding of at least 0 wanted, got ", padding);
-  const int64_t height = x.size(2) + 2 * padding - kernel.size(2) + 1, width = x.size(3) + 2 * padding - kernel.size(3) + 1;
+  const int64_t height = x.size(2) + 2 * padding - kernel.size(2) + 1,
+                width = x.size(3) + 2 * padding - kernel.size(3) + 1;
   TORCH_CHECK(height >= 2 && width >= 2, "conv_norm_relu_pool: the convolution's output is ", height, " x ", width,
               ", at least 2 x 2 wanted");
   return {height, width};
+}
+
+inline void check_conv3x3(const Tensor& x, const Tensor& kernel) {
+  TORCH_CHECK(
+      x.dim() == 4 && kernel.dim() == 4 && kernel.size(2) == 3 && kernel.size(3) == 3 && kernel.size(1) == x.size(1),
+      "conv3x3: x [N, I, H, W] and kernel [O, I, 3, 3] wanted, got ", x.sizes(), " and ", kernel.sizes());
+  TORCH_CHECK(x.scalar_type() == at::kFloat && kernel.scalar_type() == at::kFloat, "conv3x3: float32 wanted, got ",
+              x.scalar_type(), " and ", kernel.scalar_type());
+  TORCH_CHECK(kernel.size(0) % 16 == 0 && kernel.size(1) % 16 == 0,
+              "conv3x3: channels in multiples of 16 wanted, got kernel ", kernel.sizes());
 }
 
 inline void check_bias_relu(const Tensor& x, const Tensor& bias, const std::optional<Tensor>& shortcut) {
@@ -175,11 +197,13 @@ inline void check_bias_relu(const Tensor& x, const Tensor& bias, const std::opti
               x.scalar_type(), " ", x.sizes());
   TORCH_CHECK(x.is_contiguous() || x.is_contiguous(at::MemoryFormat::ChannelsLast),
               "bias_relu_: x must be contiguous or channels_last, its strides are ", x.strides());
-  TORCH_CHECK(bias.dim() == 1 && bias.size(0) == x.size(1) && bias.scalar_type() == x.scalar_type() && bias.device() == x.device(),
-              "bias_relu_: bias is ", x.scalar_type(), " [", x.size(1), "] on ", x.device(), ", got ", bias.scalar_type(),
-              " ", bias.sizes(), " on ", bias.device());
+  TORCH_CHECK(bias.dim() == 1 && bias.size(0) == x.size(1) && bias.scalar_type() == x.scalar_type() &&
+                  bias.device() == x.device(),
+              "bias_relu_: bias is ", x.scalar_type(), " [", x.size(1), "] on ", x.device(), ", got ",
+              bias.scalar_type(), " ", bias.sizes(), " on ", bias.device());
   if (shortcut)
-    TORCH_CHECK(shortcut->sizes() == x.sizes() && shortcut->scalar_type() == x.scalar_type() && shortcut->device() == x.device(),
+    TORCH_CHECK(shortcut->sizes() == x.sizes() && shortcut->scalar_type() == x.scalar_type() &&
+                    shortcut->device() == x.device(),
                 "bias_relu_: shortcut is ", x.scalar_type(), " ", x.sizes(), " on ", x.device(), ", got ",
                 shortcut->scalar_type(), " ", shortcut->sizes(), " on ", shortcut->device());
 }

@@ -3,17 +3,21 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY_FRAGMENT(lottery, m) {
-  m.def("masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor?[] masks, float lr, "
-        "float momentum, float dampening, float weight_decay, bool nesterov) -> ()");
+  m.def(
+      "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor?[] masks, float lr, "
+      "float momentum, float dampening, float weight_decay, bool nesterov) -> ()");
   m.def("combine_(Tensor(a!) points, Tensor states, Tensor coefficients, Tensor? keep) -> ()");
   m.def("cross_entropy_top1(Tensor logits, Tensor labels) -> Tensor");
   m.def("norm_relu_pool(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)");
-  m.def("norm_relu_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd) "
-        "-> (Tensor, Tensor, Tensor)");
-  m.def("conv_norm_relu_pool(Tensor x, Tensor kernel, Tensor weight, Tensor bias, int padding, float eps) "
-        "-> (Tensor, Tensor, Tensor)");
-  m.def("conv_norm_relu_pool_backward(Tensor grad, Tensor x, Tensor kernel, Tensor weight, Tensor bias, Tensor mean, "
-        "Tensor rstd, int padding) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_relu_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_norm_relu_pool(Tensor x, Tensor kernel, Tensor weight, Tensor bias, int padding, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_norm_relu_pool_backward(Tensor grad, Tensor x, Tensor kernel, Tensor weight, Tensor bias, Tensor mean, "
+      "Tensor rstd, int padding) -> (Tensor, Tensor, Tensor)");
   m.def("conv3x3(Tensor x, Tensor kernel) -> Tensor");
   m.def("conv3x3_backward(Tensor grad, Tensor x, Tensor kernel) -> (Tensor, Tensor)");
   m.def("bias_relu_(Tensor(a!) x, Tensor bias, Tensor? shortcut) -> ()");

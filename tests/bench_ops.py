@@ -2,7 +2,7 @@
 
 Medians of interleaved repetitions; a ratio above 1 means the ops are faster. On a CPU eager PyTorch is measured twice:
 as it is, and with common.keep_freed_memory(), which the scripts switch on for everything and which helps it most.
-On a GPU the achieved bandwidth of the memory-bound kernels is printed, to hold against the bytes counted in csrc/kernels.
+On a GPU the bandwidth of the memory-bound kernels is printed, to hold against the bytes counted in csrc/kernels.
 """
 import argparse
 import copy
@@ -61,21 +61,26 @@ def bench_sgd(device):
     for p, grad in zip(theirs, grads):
         p.grad = grad
     optimizer = torch.optim.SGD(theirs, lr=.01, momentum=.9, weight_decay=5e-4, fused=True)
-    masked, float_masks = [p for p, m in zip(theirs, masks) if m is not None], [m.float() for m in masks if m is not None]
+    masked = [p for p, m in zip(theirs, masks) if m is not None]
+    float_masks = [m.float() for m in masks if m is not None]
 
     @torch.no_grad()
     def torch_step():
         optimizer.step()
         torch._foreach_mul_(masked, float_masks)
 
+    def ours():
+        ops.masked_sgd_(params, grads, momenta, masks, .01, .9, 5e-4)
+
     with torch.no_grad():
-        time = seconds({"ours": lambda: ops.masked_sgd_(params, grads, momenta, masks, .01, .9, 5e-4), "torch": torch_step}, 50, device)
+        time = seconds({"ours": ours, "torch": torch_step}, 50, device)
     row("masked_sgd_, ResNet-18 | SGD(fused=True) and _foreach_mul_", time["ours"], time["torch"], 1.3)
 
     size = 30_000_000  # out of any cache
     p, g, m = (torch.randn(size, device=device) for _ in range(3))
     keep, copied = torch.rand(size, device=device) < .5, torch.empty(size, device=device)
-    time = seconds({"ours": lambda: ops.masked_sgd_([p], [g], [m], [keep], .01, .9, 5e-4), "copy": lambda: copied.copy_(p)}, 10, device)
+    time = seconds({"ours": lambda: ops.masked_sgd_([p], [g], [m], [keep], .01, .9, 5e-4),
+                    "copy": lambda: copied.copy_(p)}, 10, device)
     ours, copy_ = 21 * size / time["ours"] / 1e9, 8 * size / time["copy"] / 1e9
     print(f"masked_sgd_ out of cache {ours:.1f} GB/s, a copy {copy_:.1f} GB/s: x {ours / copy_:.2f}  wanted 0.8")
 
@@ -100,7 +105,8 @@ def bench_points(device, config, name, targets, count=2000, repetitions=2):
     model = common.build_network(config).to(device).eval()
 
     def eager(layout):
-        network, images = copy.deepcopy(model).to(memory_format=layout), split.images.contiguous(memory_format=layout)
+        network = copy.deepcopy(model).to(memory_format=layout)
+        images = split.images.contiguous(memory_format=layout)
 
         @torch.no_grad()
         def evaluate():
@@ -113,9 +119,11 @@ def bench_points(device, config, name, targets, count=2000, repetitions=2):
         for weights in line:
             eager_point(copy.deepcopy(model), common.combine(states, weights), split.images, split.labels)
 
-    time = seconds({"ours": lambda: ops.evaluate_points(model, states, line, [split]), "nchw": eager(torch.contiguous_format),
-                    "nhwc": eager(torch.channels_last), "released": released}, repetitions, device)
-    row(f"11 points of {name} | eager, eval mode, no_grad, better layout", time["ours"], min(time["nchw"], time["nhwc"]), targets[0])
+    time = seconds({"ours": lambda: ops.evaluate_points(model, states, line, [split]),
+                    "nchw": eager(torch.contiguous_format), "nhwc": eager(torch.channels_last), "released": released},
+                   repetitions, device)
+    eager_time = min(time["nchw"], time["nhwc"])
+    row(f"11 points of {name} | eager, eval mode, no_grad, better layout", time["ours"], eager_time, targets[0])
     row(f"11 points of {name} | a deep copy per point, autograd on", time["ours"], time["released"], targets[1])
 
 
@@ -159,8 +167,10 @@ def bench_step(device, config, name, target, repetitions=9):
 
         return step
 
-    time = seconds({"ours": ours(), "nchw": eager(torch.contiguous_format), "nhwc": eager(torch.channels_last)}, repetitions, device)
-    row(f"training step of {name}, batch 64 | eager, better layout", time["ours"], min(time["nchw"], time["nhwc"]), target)
+    time = seconds({"ours": ours(), "nchw": eager(torch.contiguous_format), "nhwc": eager(torch.channels_last)},
+                   repetitions, device)
+    eager_time = min(time["nchw"], time["nhwc"])
+    row(f"training step of {name}, batch 64 | eager, better layout", time["ours"], eager_time, target)
     return ours(), eager(torch.contiguous_format)
 
 
@@ -169,7 +179,8 @@ def bench_curve(ours, eager, steps=50):
     for _ in range(steps):
         mine, theirs = ours(), eager()
         differences.append(abs(mine - theirs) / theirs)
-    print(f"loss curve over {steps} steps: largest relative difference {max(differences):.1e}, the last loss {mine:.5f} | {theirs:.5f}")
+    print(f"loss curve over {steps} steps: largest relative difference {max(differences):.1e}, "
+          f"the last loss {mine:.5f} | {theirs:.5f}")
 
 
 def bench_bandwidth(device):
@@ -182,9 +193,11 @@ def bench_bandwidth(device):
     cases = {
         "copy": (8 * x.numel(), lambda: y.copy_(x)),
         "norm_relu_pool": (5 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool(x, weight, bias, 1e-5)),
-        "norm_relu_pool_backward": (9 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool_backward(pooled, x, weight, bias, mean, rstd)),
+        "norm_relu_pool_backward": (
+            9 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool_backward(pooled, x, weight, bias, mean, rstd)),
         "bias_relu_": (12 * x.numel(), lambda: torch.ops.lottery.bias_relu_(y, bias, x)),
-        "combine_": ((4 * 2 + 1 + 4 * 16) * (1 << 22), lambda: torch.ops.lottery.combine_(points, states, coefficients, None)),
+        "combine_": (
+            (4 * 2 + 4 * 16) << 22, lambda: torch.ops.lottery.combine_(points, states, coefficients, None)),
     }
     time = seconds({name: function for name, (_, function) in cases.items()}, 20, device)
     for name, (moved, _) in cases.items():
@@ -198,8 +211,8 @@ def main():
     torch.manual_seed(0)
     if not ops.load():
         raise common.UserError("the extension is not built: python setup.py build_ext --inplace")
-    print(f"{torch.get_num_threads()} threads, {'CPU' if device.type == 'cpu' else torch.cuda.get_device_name(device)}\n"
-          f"{'':<66} {'ops':>12} {'PyTorch':>12}")
+    name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    print(f"{torch.get_num_threads()} threads, {name}\n{'':<66} {'ops':>12} {'PyTorch':>12}")
     bench_sgd(device)
     for kept in (False, True) if device.type == "cpu" else (False,):
         if kept:

@@ -23,9 +23,10 @@ INSTANCES = """
 #include "sgd.cuh"
 using namespace lottery;
 #define INSTANTIATE(T, A) \\
-  template __global__ void norm_relu_pool_kernel<T, A, 32>(const T*, const A*, const A*, T*, A*, A*, long long, int, int, int, A); \\
-  template __global__ void norm_relu_pool_backward_kernel<T, A, 256>(const T*, const T*, const A*, const A*, const A*, \\
-      const A*, T*, A*, A*, long long, int, int, int); \\
+  template __global__ void norm_relu_pool_kernel<T, A, 32>(const T*, const A*, const A*, T*, A*, A*, long long, int, \\
+                                                           int, int, A); \\
+  template __global__ void norm_relu_pool_backward_kernel<T, A, 256>( \\
+      const T*, const T*, const A*, const A*, const A*, const A*, T*, A*, A*, long long, int, int, int); \\
   template __global__ void bias_relu_kernel<T, A, unsigned>(T*, const T*, const T*, unsigned, unsigned, unsigned);
 #define INSTANTIATE_FLOAT(T) \\
   INSTANTIATE(T, float) \\
@@ -35,10 +36,13 @@ INSTANTIATE(double, double)
 INSTANTIATE_FLOAT(float)
 INSTANTIATE_FLOAT(__half)
 INSTANTIATE_FLOAT(__nv_bfloat16)
-template __global__ void combine_kernel<0>(float*, const float*, const float*, const unsigned char*, long long, int, int, int);
-template __global__ void combine_kernel<2>(float*, const float*, const float*, const unsigned char*, long long, int, int, int);
+template __global__ void combine_kernel<0>(float*, const float*, const float*, const unsigned char*, long long, int,
+                                           int, int);
+template __global__ void combine_kernel<2>(float*, const float*, const float*, const unsigned char*, long long, int,
+                                           int, int);
 """
-MEMORY_BOUND = ["masked_sgd_kernel", "combine_kernel", "norm_relu_pool_kernel", "norm_relu_pool_backward_kernel", "bias_relu_kernel"]
+MEMORY_BOUND = ["masked_sgd_kernel", "combine_kernel", "norm_relu_pool_kernel", "norm_relu_pool_backward_kernel",
+                "bias_relu_kernel"]
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -56,22 +60,23 @@ def instances(tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_no_kernel_spills_or_uses_local_memory(instances, architecture):
-    done = nvcc("-arch", architecture, "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Werror", "all-warnings", "-I", KERNELS,
-                "-cubin", instances, "-o", instances.with_suffix(f".{architecture}"))
+    done = nvcc("-arch", architecture, "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Werror", "all-warnings", "-I",
+                KERNELS, "-cubin", instances, "-o", instances.with_suffix(f".{architecture}"))
     assert done.returncode == 0, done.stderr
     frames = re.findall(r"(\d+) bytes stack frame", done.stderr)
     assert len(frames) > 15 and set(frames) == {"0"}
 
 
 def test_memory_bound_kernels_move_16_bytes_at_a_time(instances):
-    spec = importlib.util.find_spec("triton")  # brings the disassembler along
-    tools = [os.environ["PATH"], *(f"{folder}/backends/nvidia/bin" for folder in spec.submodule_search_locations)] if spec else None
-    search = tools and os.pathsep.join(tools)
+    triton = importlib.util.find_spec("triton")  # brings the disassembler along
+    folders = triton.submodule_search_locations if triton else []
+    search = os.pathsep.join([os.environ["PATH"], *(f"{folder}/backends/nvidia/bin" for folder in folders)])
     if not shutil.which("cuobjdump", path=search) or not shutil.which("nvdisasm", path=search):
         pytest.skip("needs cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
-    assert nvcc("-arch", "sm_80", "-I", KERNELS, "-cubin", instances, "-o", instances.with_suffix(".cubin")).returncode == 0
-    listing = subprocess.run([shutil.which("cuobjdump", path=search), "-sass", instances.with_suffix(".cubin")],
-                             capture_output=True, text=True, check=True, env=os.environ | {"PATH": search or os.environ["PATH"]}).stdout
+    binary = instances.with_suffix(".cubin")
+    assert nvcc("-arch", "sm_80", "-I", KERNELS, "-cubin", instances, "-o", binary).returncode == 0
+    listing = subprocess.run([shutil.which("cuobjdump", path=search), "-sass", binary], capture_output=True, text=True,
+                             check=True, env=os.environ | {"PATH": search}).stdout
     functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", listing, re.S))
     for kernel in MEMORY_BOUND:
         bodies = [body for name, body in functions.items() if kernel in name]

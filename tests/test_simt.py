@@ -13,7 +13,8 @@ FLAGS = {
     "sanitizers": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "race": ["-O1", "-fsanitize=thread"],
 }
-WAITING = {"divergent_barrier", "barrier_after_exit", "shuffle_without_all", "shuffle_from_outside", "too_much_shared_memory"}
+WAITING = {"divergent_barrier", "barrier_after_exit", "shuffle_without_all", "shuffle_from_outside",
+           "too_much_shared_memory"}
 UNORDERED = {"no_barrier", "overwritten", "no_syncwarp", "uninitialised"}
 CAUGHT_BY = {
     "plain": WAITING | UNORDERED,
@@ -21,7 +22,8 @@ CAUGHT_BY = {
     "race": WAITING | UNORDERED | {"blocks_race"},
 }
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None or os.uname().sysname != "Linux", reason="needs g++ on Linux")
+here = shutil.which("g++") and os.uname().sysname == "Linux"
+pytestmark = pytest.mark.skipif(not here, reason="needs g++ on Linux")
 
 
 def compile_all(folder):
@@ -29,7 +31,8 @@ def compile_all(folder):
     def compile_one(job):
         program, build = job
         thing = folder / f"{program}_{build}.o"
-        subprocess.run(["g++", "-std=c++20", "-w", *FLAGS[build], "-c", SIMT / f"{program}.cpp", "-o", thing], check=True)
+        command = ["g++", "-std=c++20", "-w", *FLAGS[build], "-c", SIMT / f"{program}.cpp", "-o", thing]
+        subprocess.run(command, check=True)
 
     race = [folder / "race.o"]
     subprocess.run(["g++", "-std=c++20", "-O2", "-c", SIMT / "race.cpp", "-o", *race], check=True)
@@ -38,7 +41,8 @@ def compile_all(folder):
     for program in ("test_kernels", "planted"):
         for build in FLAGS:
             link = {"plain": [], "race": race, "sanitizers": FLAGS["sanitizers"]}[build]
-            subprocess.run(["g++", folder / f"{program}_{build}.o", *link, "-o", folder / f"{program}_{build}"], check=True)
+            thing = folder / f"{program}_{build}"
+            subprocess.run(["g++", f"{thing}.o", *link, "-o", thing], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-// bias_relu_: relu(x + bias[channel] + shortcut) in place, in one pass: what follows a convolution with folded BatchNorm.
+// bias_relu_: relu(x + bias[channel] + shortcut) in place, in one pass: what follows a convolution with folded
+// BatchNorm.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

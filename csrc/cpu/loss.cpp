@@ -31,8 +31,8 @@ Tensor cross_entropy_top1(const Tensor& logits_, const Tensor& labels_) {
   const int64_t images = logits.size(1), classes = logits.size(2);
   const int64_t* label = labels.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < images; ++b)
-    TORCH_CHECK(label[b] >= 0 && label[b] < classes, "cross_entropy_top1: label ", label[b], " at ", b, " with ", classes,
-                " classes");
+    TORCH_CHECK(label[b] >= 0 && label[b] < classes, "cross_entropy_top1: label ", label[b], " at ", b, " with ",
+                classes, " classes");
   Tensor sums = at::zeros({logits.size(0), 3}, logits.options().dtype(at::kDouble));
   double* out = sums.mutable_data_ptr<double>();
   DISPATCH_FLOAT_OR_LOWER(logits.scalar_type(), "cross_entropy_top1", [&] {

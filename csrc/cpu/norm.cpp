@@ -14,7 +14,8 @@ namespace {
 constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
 
 template <class T, class A>
-CLONES void forward(const T* x, T* pooled, int64_t channels, Plane plane, int n, Affine<A> affine, A eps, A* mean, A* rstd) {
+CLONES void forward(const T* x, T* pooled, int64_t channels, Plane plane, int n, Affine<A> affine, A eps, A* mean,
+                    A* rstd) {
   const auto run = [&](int n) INLINE_LAMBDA {
     statistics(x, channels, plane, n, eps, mean, rstd);
     normalise_and_pool(x, channels, plane, n, mean, rstd, affine, pooled, channels);
@@ -23,8 +24,8 @@ CLONES void forward(const T* x, T* pooled, int64_t channels, Plane plane, int n,
 }
 
 template <class T, class A>
-CLONES void backward(const T* grad, const T* x, T* dx, int64_t channels, Plane plane, int n, Affine<A> affine, const A* mean,
-                     const A* rstd, A* dweight, A* dbias) {
+CLONES void backward(const T* grad, const T* x, T* dx, int64_t channels, Plane plane, int n, Affine<A> affine,
+                     const A* mean, const A* rstd, A* dweight, A* dbias) {
   const auto run = [&](int n) INLINE_LAMBDA {
     pool_and_norm_backward(grad, channels, x, dx, channels, plane, n, mean, rstd, affine, dweight, dbias);
   };
@@ -43,7 +44,8 @@ void for_each_group(int64_t images, int64_t channels, const F& f) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, double eps) {
+std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
+                                                  double eps) {
   check_norm_relu_pool(x_, weight_, bias_);
   const Tensor x = x_.contiguous(kChannelsLast), weight = weight_.contiguous(), bias = bias_.contiguous();
   const int64_t images = x.size(0), channels = x.size(1);
@@ -66,14 +68,16 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(const Tensor& x_, const Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
-                                                           const Tensor& bias_, const Tensor& mean_, const Tensor& rstd_) {
+                                                           const Tensor& bias_, const Tensor& mean_,
+                                                           const Tensor& rstd_) {
   check_norm_relu_pool_backward(grad_, x_, weight_, bias_, mean_, rstd_);
   const Tensor grad = grad_.contiguous(kChannelsLast), x = x_.contiguous(kChannelsLast), weight = weight_.contiguous(),
                bias = bias_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous();
   const int64_t images = x.size(0), channels = x.size(1);
   const Plane plane{x.size(2), x.size(3)};
   const int64_t size = plane.height * plane.width, pooled_size = plane.height / 2 * (plane.width / 2);
-  Tensor dx = at::empty_like(x), dweight = at::empty_like(mean), dbias = at::empty_like(mean);  // [N, C]: an image's share
+  Tensor dx = at::empty_like(x), dweight = at::empty_like(mean),
+         dbias = at::empty_like(mean);  // [N, C]: an image's share
   DISPATCH_FLOATING(x.scalar_type(), "norm_relu_pool_backward", [&] {
     using A = Accumulator<scalar_t>;
     const scalar_t *g = grad.const_data_ptr<scalar_t>(), *in = x.const_data_ptr<scalar_t>();

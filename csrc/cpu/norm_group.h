@@ -38,8 +38,8 @@ INLINE void statistics(const T* x, int64_t pitch, Plane plane, int n, A eps, A* 
 }
 
 template <class T, class U, class A>
-INLINE void normalise_and_pool(const T* x, int64_t pitch, Plane plane, int n, const A* mean, const A* rstd, Affine<A> affine,
-                               U* pooled, int64_t pooled_pitch) {
+INLINE void normalise_and_pool(const T* x, int64_t pitch, Plane plane, int n, const A* mean, const A* rstd,
+                               Affine<A> affine, U* pooled, int64_t pooled_pitch) {
   for (int64_t i = 0; i < plane.height / 2; ++i)
     for (int64_t j = 0; j < plane.width / 2; ++j, pooled += pooled_pitch) {
       const T *upper = x + (2 * i * plane.width + 2 * j) * pitch, *lower = upper + plane.width * pitch;
@@ -53,8 +53,8 @@ INLINE void normalise_and_pool(const T* x, int64_t pitch, Plane plane, int n, co
 
 // dx may be x itself. dweight and dbias are set to this image's share.
 template <class T, class U, class A>
-INLINE void pool_and_norm_backward(const U* grad, int64_t grad_pitch, const T* x, T* dx, int64_t pitch, Plane plane, int n,
-                                   const A* mean, const A* rstd, Affine<A> affine, A* dweight, A* dbias) {
+INLINE void pool_and_norm_backward(const U* grad, int64_t grad_pitch, const T* x, T* dx, int64_t pitch, Plane plane,
+                                   int n, const A* mean, const A* rstd, Affine<A> affine, A* dweight, A* dbias) {
   const int64_t half_height = plane.height / 2, half_width = plane.width / 2;
   A sum[kGroup] = {}, sum_normal[kGroup] = {};
   for (int64_t i = 0; i < half_height; ++i)
@@ -63,7 +63,8 @@ INLINE void pool_and_norm_backward(const U* grad, int64_t grad_pitch, const T* x
       const U* cell = grad + (i * half_width + j) * grad_pitch;
       for (int c = 0; c < n; ++c) {
         const Channel<A> f{mean[c], rstd[c], affine.weight[c], affine.bias[c]};
-        const A share = A(.25) * A(cell[c]), x0 = A(upper[c]), x1 = A(upper[pitch + c]), x2 = A(lower[c]), x3 = A(lower[pitch + c]);
+        const A share = A(.25) * A(cell[c]), x0 = A(upper[c]), x1 = A(upper[pitch + c]), x2 = A(lower[c]),
+                x3 = A(lower[pitch + c]);
         const A g0 = f.through_relu(x0, share), g1 = f.through_relu(x1, share), g2 = f.through_relu(x2, share),
                 g3 = f.through_relu(x3, share);
         sum[c] += g0 + g1 + g2 + g3;

@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t kChunk = 8192;
 
 template <class T>
-CLONES void update(T* __restrict p, const T* __restrict g, float* __restrict m, const uint8_t* __restrict mask, int64_t n,
-                   const SgdStep step) {
+CLONES void update(T* __restrict p, const T* __restrict g, float* __restrict m, const uint8_t* __restrict mask,
+                   int64_t n, const SgdStep step) {
   const auto pass = [&](auto keep) INLINE_LAMBDA {
     for (int64_t i = 0; i < n; ++i) {
       float q = float(p[i]), v = m[i];
@@ -43,8 +43,8 @@ void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList mom
       const int64_t start = (chunk - first_chunk[i]) * kChunk, n = std::min(kChunk, t.param.numel() - start);
       DISPATCH_FLOAT_OR_LOWER(t.param.scalar_type(), "masked_sgd_", [&] {
         update(t.param.mutable_data_ptr<scalar_t>() + start, t.grad.const_data_ptr<scalar_t>() + start,
-               t.momentum.mutable_data_ptr<float>() + start,
-               t.mask.defined() ? bytes(t.mask) + start : nullptr, n, step);
+               t.momentum.mutable_data_ptr<float>() + start, t.mask.defined() ? bytes(t.mask) + start : nullptr, n,
+               step);
       });
     }
   });

@@ -48,7 +48,8 @@ struct Padded {
   }
 };
 
-// out[y, x, :] = sum over taps of image[y, x + tap] * kernel[tap, :], 16 channels. A row's last run may overlap the one before.
+// out[y, x, :] = sum over taps of image[y, x + tap] * kernel[tap, :], 16 channels. A row's last run may overlap the one
+// before.
 template <class A, int run>
 INLINE void convolve(const Padded<A>& image, const A* kernel, Plane plane, A* out) {
   using V = typename Vec<A>::type;
@@ -93,8 +94,8 @@ INLINE void convolve_any(const Padded<A>& image, const A* kernel, Plane plane, A
 }
 
 template <class A>
-CLONES void forward(const Padded<A>& image, const A* kernel, Plane plane, int64_t channels, int n, Affine<A> affine, A eps,
-                    A* scratch, A* pooled, A* mean, A* rstd) {
+CLONES void forward(const Padded<A>& image, const A* kernel, Plane plane, int64_t channels, int n, Affine<A> affine,
+                    A eps, A* scratch, A* pooled, A* mean, A* rstd) {
   convolve_any(image, kernel, plane, scratch);
   A group_mean[kGroup], group_rstd[kGroup];
   statistics(scratch, kGroup, plane, kGroup, eps, group_mean, group_rstd);
@@ -109,8 +110,10 @@ CLONES void backward(const Padded<A>& image, const A* kernel, Plane plane, int64
                      const A* mean, const A* rstd, const A* grad, A* scratch, A* dkernel, A* dweight, A* dbias) {
   convolve_any(image, kernel, plane, scratch);
   A share[2][kGroup];
-  n == kGroup ? pool_and_norm_backward(grad, channels, scratch, scratch, kGroup, plane, kGroup, mean, rstd, affine, share[0], share[1])
-              : pool_and_norm_backward(grad, channels, scratch, scratch, kGroup, plane, n, mean, rstd, affine, share[0], share[1]);
+  n == kGroup ? pool_and_norm_backward(grad, channels, scratch, scratch, kGroup, plane, kGroup, mean, rstd, affine,
+                                       share[0], share[1])
+              : pool_and_norm_backward(grad, channels, scratch, scratch, kGroup, plane, n, mean, rstd, affine, share[0],
+                                       share[1]);
   for (int c = 0; c < n; ++c) dweight[c] += share[0][c], dbias[c] += share[1][c];
   const int64_t taps = image.taps.size();
   int64_t t = 0;
@@ -130,7 +133,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool(const Tensor& x_, const T
                                                        const Tensor& bias_, int64_t padding, double eps) {
   const auto [height, width] = check_conv_norm_relu_pool(x_, kernel_, weight_, bias_, padding);
   const Tensor x = x_.contiguous(), kernel = grouped(kernel_), weight = weight_.contiguous(), bias = bias_.contiguous();
-  const int64_t images = x.size(0), channels = weight.size(0), taps = kernel.size(1), image_size = x.numel() / std::max<int64_t>(images, 1);
+  const int64_t images = x.size(0), channels = weight.size(0), taps = kernel.size(1),
+                image_size = x.numel() / std::max<int64_t>(images, 1);
   const Plane plane{height, width};
   Tensor pooled = at::empty({images, channels, height / 2, width / 2}, x.options(), kChannelsLast);
   Tensor mean = at::empty({images, channels}, x.options()), rstd = at::empty_like(mean);
@@ -145,22 +149,27 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool(const Tensor& x_, const T
       for (int64_t i = begin; i < end; ++i) {
         image.load(in + i * image_size);
         for (int64_t c = 0; c < channels; c += kGroup)
-          forward<A>(image, k + c * taps, plane, channels, int(std::min<int64_t>(kGroup, channels - c)), {w + c, b + c}, A(eps),
-                     scratch.data(), out + i * (height / 2) * (width / 2) * channels + c, m + i * channels + c, r + i * channels + c);
+          forward<A>(image, k + c * taps, plane, channels, int(std::min<int64_t>(kGroup, channels - c)), {w + c, b + c},
+                     A(eps), scratch.data(), out + i * (height / 2) * (width / 2) * channels + c, m + i * channels + c,
+                     r + i * channels + c);
       }
     });
   });
   return {pooled, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Tensor& kernel_,
-                                                                const Tensor& weight_, const Tensor& bias_, const Tensor& mean_,
+std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_,
+                                                                const Tensor& kernel_, const Tensor& weight_,
+                                                                const Tensor& bias_, const Tensor& mean_,
                                                                 const Tensor& rstd_, int64_t padding) {
   const auto [height, width] = check_conv_norm_relu_pool(x_, kernel_, weight_, bias_, padding);
-  const Tensor grad = grad_.contiguous(kChannelsLast), x = x_.contiguous(), kernel = grouped(kernel_), weight = weight_.contiguous(),
-               bias = bias_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous();
-  const int64_t images = x.size(0), channels = weight.size(0), taps = kernel.size(1), image_size = x.numel() / std::max<int64_t>(images, 1);
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(images, at::get_num_threads()));  // each sums its own images
+  const Tensor grad = grad_.contiguous(kChannelsLast), x = x_.contiguous(), kernel = grouped(kernel_),
+               weight = weight_.contiguous(), bias = bias_.contiguous(), mean = mean_.contiguous(),
+               rstd = rstd_.contiguous();
+  const int64_t images = x.size(0), channels = weight.size(0), taps = kernel.size(1),
+                image_size = x.numel() / std::max<int64_t>(images, 1);
+  const int64_t parts =
+      std::max<int64_t>(1, std::min<int64_t>(images, at::get_num_threads()));  // each sums its own images
   const Plane plane{height, width};
   Tensor dkernel = at::zeros({parts, kernel.size(0), taps, kGroup}, x.options());
   Tensor dweight = at::zeros({parts, channels}, x.options()), dbias = at::zeros_like(dweight);
@@ -177,9 +186,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool_backward(const Tensor& gr
         for (int64_t i = part * images / parts; i < (part + 1) * images / parts; ++i) {
           image.load(in + i * image_size);
           for (int64_t c = 0; c < channels; c += kGroup)
-            backward<A>(image, k + c * taps, plane, channels, int(std::min<int64_t>(kGroup, channels - c)), {w + c, b + c},
-                        m + i * channels + c, r + i * channels + c, g + i * (height / 2) * (width / 2) * channels + c,
-                        scratch.data(), dk + (part * kernel.size(0) * kGroup + c) * taps, dw + part * channels + c,
+            backward<A>(image, k + c * taps, plane, channels, int(std::min<int64_t>(kGroup, channels - c)),
+                        {w + c, b + c}, m + i * channels + c, r + i * channels + c,
+                        g + i * (height / 2) * (width / 2) * channels + c, scratch.data(),
+                        dk + (part * kernel.size(0) * kGroup + c) * taps, dw + part * channels + c,
                         db + part * channels + c);
         }
     });

@@ -1,7 +1,7 @@
 // conv3x3: 3x3 convolution, stride 1, padding 1, of channels-last activations, and its gradients, by Winograd's minimal
-// filtering F(4x4, 3x3) (Lavin & Gray 2016): 36 multiplications give 4x4 outputs instead of 144. A tile of 6x6 inputs d and
-// the kernel g become V = B' d B and U = G g G'; then, at each of the 36 points, M = V U over channels, a matrix product,
-// and the outputs are A' M A. The kernel's gradient is the adjoint: dU = V' (A dy A'), dg = G' dU G.
+// filtering F(4x4, 3x3) (Lavin & Gray 2016): 36 multiplications give 4x4 outputs instead of 144. A tile of 6x6 inputs d
+// and the kernel g become V = B' d B and U = G g G'; then, at each of the 36 points, M = V U over channels, a matrix
+// product, and the outputs are A' M A. The kernel's gradient is the adjoint: dU = V' (A dy A'), dg = G' dU G.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -61,7 +61,8 @@ INLINE void output_adjoint(const V* g, int stride, V* out, int out_stride) {  //
 template <class V>
 INLINE void kernel_transform(const V* g, int stride, V* out, int out_stride) {  // G: 3 -> 6
   const V g0 = g[0], g1 = g[stride], g2 = g[2 * stride];
-  const V even = (g0 + g2) * (1 / 6.f), odd = g1 * (1 / 6.f), even2 = g0 * (1 / 24.f) + g2 * (1 / 6.f), odd2 = g1 * (1 / 12.f);
+  const V even = (g0 + g2) * (1 / 6.f), odd = g1 * (1 / 6.f), even2 = g0 * (1 / 24.f) + g2 * (1 / 6.f),
+          odd2 = g1 * (1 / 12.f);
   out[0] = g0 * .25f;
   out[out_stride] = -even - odd;
   out[2 * out_stride] = odd - even;
@@ -98,7 +99,8 @@ struct Tiles {  // of activations [N, H, W, C]: tile i covers 4x4 outputs
 // V[point, t, c] of tiles first, first + 1, ...; points lie `pitch` apart. kSize 6: B' d B of the tile with its border;
 // kSize 4: A dy A' of the tile itself.
 template <int kSize>
-INLINE void transform_tiles(const float* x, const Tiles& tiles, int64_t channels, int64_t first, int count, float* v, int64_t pitch) {
+INLINE void transform_tiles(const float* x, const Tiles& tiles, int64_t channels, int64_t first, int count, float* v,
+                            int64_t pitch) {
   constexpr int border = (kSize - 4) / 2;
   for (int t = 0; t < count; ++t) {
     int64_t image_row, top, left;
@@ -114,14 +116,16 @@ INLINE void transform_tiles(const float* x, const Tiles& tiles, int64_t channels
       for (int j = 0; j < kSize; ++j)
         kSize == 6 ? input_transform(d + j, kSize, rows + j, kSize) : output_adjoint(d + j, kSize, rows + j, kSize);
       for (int i = 0; i < 6; ++i)
-        kSize == 6 ? input_transform(rows + i * kSize, 1, out + 6 * i, 1) : output_adjoint(rows + i * kSize, 1, out + 6 * i, 1);
+        kSize == 6 ? input_transform(rows + i * kSize, 1, out + 6 * i, 1)
+                   : output_adjoint(rows + i * kSize, 1, out + 6 * i, 1);
       for (int p = 0; p < kPoints; ++p) *(Vec*)(v + p * pitch + t * channels + c) = out[p];
     }
   }
 }
 
 // y's 16 channels from c on, of tiles first, ..., from M[point, t, 16]
-INLINE void store_tiles(const float* m, const Tiles& tiles, int64_t channels, int64_t c, int64_t first, int count, float* y) {
+INLINE void store_tiles(const float* m, const Tiles& tiles, int64_t channels, int64_t c, int64_t first, int count,
+                        float* y) {
   for (int t = 0; t < count; ++t) {
     int64_t image_row, top, left;
     tiles.place(first + t, image_row, top, left);
@@ -145,12 +149,12 @@ INLINE void multiply(const float* v, int64_t k, const float* u, float* m) {
     const Vec low = *(const Vec*)(u + i * kGroup), high = *(const Vec*)(u + i * kGroup + kVec);
     for (int r = 0; r < 6; ++r) sum[r][0] += v[r * k + i] * low, sum[r][1] += v[r * k + i] * high;
   }
-  for (int r = 0; r < 6; ++r)
-    *(Vec*)(m + r * kGroup) = sum[r][0], *(Vec*)(m + r * kGroup + kVec) = sum[r][1];
+  for (int r = 0; r < 6; ++r) *(Vec*)(m + r * kGroup) = sum[r][0], *(Vec*)(m + r * kGroup + kVec) = sum[r][1];
 }
 
 // du[4 rows, 16] += v[t, 4 rows]' dm[t, 16]
-INLINE void accumulate(const float* v, int64_t v_pitch, const float* dm, int64_t dm_pitch, int count, float* du, int64_t du_pitch) {
+INLINE void accumulate(const float* v, int64_t v_pitch, const float* dm, int64_t dm_pitch, int count, float* du,
+                       int64_t du_pitch) {
   Vec sum[4][2];
   for (int r = 0; r < 4; ++r) sum[r][0] = *(Vec*)(du + r * du_pitch), sum[r][1] = *(Vec*)(du + r * du_pitch + kVec);
   for (int t = 0; t < count; ++t) {
@@ -160,8 +164,10 @@ INLINE void accumulate(const float* v, int64_t v_pitch, const float* dm, int64_t
   for (int r = 0; r < 4; ++r) *(Vec*)(du + r * du_pitch) = sum[r][0], *(Vec*)(du + r * du_pitch + kVec) = sum[r][1];
 }
 
-// u[point, in, 16] of the kernel's 16 outputs; its element (out, in, tap) lies at out * out_stride + in * in_stride + tap
-CLONES void transform_kernels(const float* kernel, int64_t out_stride, int64_t in_stride, bool flipped, int64_t inputs, float* u) {
+// u[point, in, 16] of the kernel's 16 outputs; its element (out, in, tap) lies at out * out_stride + in * in_stride +
+// tap
+CLONES void transform_kernels(const float* kernel, int64_t out_stride, int64_t in_stride, bool flipped, int64_t inputs,
+                              float* u) {
   for (int64_t in = 0; in < inputs; ++in)
     for (int half = 0; half < kGroup; half += kVec) {
       Vec g[9], rows[6 * 3], out[kPoints];
@@ -174,31 +180,34 @@ CLONES void transform_kernels(const float* kernel, int64_t out_stride, int64_t i
     }
 }
 
-CLONES void convolve_block(const float* x, const Tiles& tiles, int64_t inputs, int64_t outputs, const float* u, int64_t first,
-                           int count, float* v, float* m, float* y) {
+CLONES void convolve_block(const float* x, const Tiles& tiles, int64_t inputs, int64_t outputs, const float* u,
+                           int64_t first, int count, float* v, float* m, float* y) {
   const int64_t pitch = kTiles * inputs + kGroup;  // keeps the 36 points out of each other's cache sets
   transform_tiles<6>(x, tiles, inputs, first, count, v, pitch);
   for (int64_t c = 0; c < outputs; c += kGroup) {
     for (int p = 0; p < kPoints; ++p)
       for (int t = 0; t < kTiles; t += 6)
-        multiply(v + p * pitch + t * inputs, inputs, u + (c * kPoints + p * kGroup) * inputs, m + (p * kTiles + t) * kGroup);
+        multiply(v + p * pitch + t * inputs, inputs, u + (c * kPoints + p * kGroup) * inputs,
+                 m + (p * kTiles + t) * kGroup);
     store_tiles(m, tiles, outputs, c, first, count, y);
   }
 }
 
-CLONES void gradient_block(const float* x, const float* grad, const Tiles& tiles, int64_t inputs, int64_t outputs, int64_t first,
-                           int count, float* v, float* dm, float* du) {
+CLONES void gradient_block(const float* x, const float* grad, const Tiles& tiles, int64_t inputs, int64_t outputs,
+                           int64_t first, int count, float* v, float* dm, float* du) {
   const int64_t pitch = kGradTiles * inputs + kGroup, dm_pitch = kGradTiles * outputs + kGroup;
   transform_tiles<6>(x, tiles, inputs, first, count, v, pitch);
   transform_tiles<4>(grad, tiles, outputs, first, count, dm, dm_pitch);
   for (int p = 0; p < kPoints; ++p)
     for (int64_t c = 0; c < outputs; c += kGroup)
       for (int64_t in = 0; in < inputs; in += 4)
-        accumulate(v + p * pitch + in, inputs, dm + p * dm_pitch + c, outputs, count, du + (p * inputs + in) * outputs + c, outputs);
+        accumulate(v + p * pitch + in, inputs, dm + p * dm_pitch + c, outputs, count,
+                   du + (p * inputs + in) * outputs + c, outputs);
 }
 
 // dkernel[out, in, 9] from the sum of `parts` du[point, in, out], for one `in`
-CLONES void kernel_gradient(const float* du, int64_t parts, int64_t inputs, int64_t outputs, int64_t in, float* dkernel) {
+CLONES void kernel_gradient(const float* du, int64_t parts, int64_t inputs, int64_t outputs, int64_t in,
+                            float* dkernel) {
   for (int64_t c = 0; c < outputs; c += kVec) {
     Vec u[kPoints] = {}, rows[3 * 6], out[9];
     for (int64_t part = 0; part < parts; ++part)
@@ -211,15 +220,6 @@ CLONES void kernel_gradient(const float* du, int64_t parts, int64_t inputs, int6
 }
 
 // ---- ops ----
-void check(const Tensor& x, const Tensor& kernel) {
-  TORCH_CHECK(x.dim() == 4 && kernel.dim() == 4 && kernel.size(2) == 3 && kernel.size(3) == 3 && kernel.size(1) == x.size(1),
-              "conv3x3: x [N, I, H, W] and kernel [O, I, 3, 3] wanted, got ", x.sizes(), " and ", kernel.sizes());
-  TORCH_CHECK(x.scalar_type() == at::kFloat && kernel.scalar_type() == at::kFloat, "conv3x3: float32 wanted, got ", x.scalar_type(),
-              " and ", kernel.scalar_type());
-  TORCH_CHECK(kernel.size(0) % kGroup == 0 && kernel.size(1) % kGroup == 0, "conv3x3: channels in multiples of ", kGroup,
-              " wanted, got kernel ", kernel.sizes());
-}
-
 // `transposed`: the convolution's gradient for its input instead
 Tensor convolve(const Tensor& x_, const Tensor& kernel_, bool transposed) {
   const Tensor x = x_.contiguous(kChannelsLast), kernel = kernel_.contiguous();
@@ -237,7 +237,8 @@ Tensor convolve(const Tensor& x_, const Tensor& kernel_, bool transposed) {
   at::parallel_for(0, (tiles.count + kTiles - 1) / kTiles, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> v(kPoints * (kTiles * inputs + kGroup)), m(kPoints * kTiles * kGroup);
     for (int64_t i = begin * kTiles; i < std::min(end * kTiles, tiles.count); i += kTiles)
-      convolve_block(in, tiles, inputs, outputs, u, i, int(std::min<int64_t>(kTiles, tiles.count - i)), v.data(), m.data(), out);
+      convolve_block(in, tiles, inputs, outputs, u, i, int(std::min<int64_t>(kTiles, tiles.count - i)), v.data(),
+                     m.data(), out);
   });
   return y;
 }
@@ -248,15 +249,17 @@ Tensor kernel_gradient(const Tensor& grad, const Tensor& x_, const Tensor& kerne
   const Tiles tiles(x);
   const int64_t blocks = (tiles.count + kGradTiles - 1) / kGradTiles;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(blocks, at::get_num_threads()));
-  Tensor du = at::zeros({parts, kPoints, inputs, outputs}, x.options()), dkernel = at::empty(kernel.sizes(), kernel.options());
+  Tensor du = at::zeros({parts, kPoints, inputs, outputs}, x.options()),
+         dkernel = at::empty(kernel.sizes(), kernel.options());
   const float *in = x.const_data_ptr<float>(), *g = grad.const_data_ptr<float>();
   float *sums = du.mutable_data_ptr<float>(), *out = dkernel.mutable_data_ptr<float>();
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> v(kPoints * (kGradTiles * inputs + kGroup)), dm(kPoints * (kGradTiles * outputs + kGroup));
     for (int64_t part = begin; part < end; ++part)
-      for (int64_t i = part * blocks / parts * kGradTiles; i < std::min((part + 1) * blocks / parts * kGradTiles, tiles.count); i += kGradTiles)
-        gradient_block(in, g, tiles, inputs, outputs, i, int(std::min<int64_t>(kGradTiles, tiles.count - i)), v.data(), dm.data(),
-                       sums + part * kPoints * inputs * outputs);
+      for (int64_t i = part * blocks / parts * kGradTiles;
+           i < std::min((part + 1) * blocks / parts * kGradTiles, tiles.count); i += kGradTiles)
+        gradient_block(in, g, tiles, inputs, outputs, i, int(std::min<int64_t>(kGradTiles, tiles.count - i)), v.data(),
+                       dm.data(), sums + part * kPoints * inputs * outputs);
   });
   at::parallel_for(0, inputs, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernel_gradient(sums, parts, inputs, outputs, i, out);
@@ -265,12 +268,12 @@ Tensor kernel_gradient(const Tensor& grad, const Tensor& x_, const Tensor& kerne
 }
 
 Tensor conv3x3(const Tensor& x, const Tensor& kernel) {
-  check(x, kernel);
+  check_conv3x3(x, kernel);
   return convolve(x, kernel, false);
 }
 
 std::tuple<Tensor, Tensor> conv3x3_backward(const Tensor& grad_, const Tensor& x, const Tensor& kernel) {
-  check(x, kernel);
+  check_conv3x3(x, kernel);
   const Tensor grad = grad_.contiguous(kChannelsLast);
   return {convolve(grad, kernel, true), kernel_gradient(grad, x, kernel)};
 }

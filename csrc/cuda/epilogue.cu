@@ -17,8 +17,8 @@ void bias_relu_(Tensor x, const Tensor& bias_, const std::optional<Tensor>& shor
     using A = Accumulator<scalar_t>;
     const auto launch = [&](auto index) {
       using I = decltype(index);
-      LAUNCH((bias_relu_kernel<scalar_t, A, I>), blocks_for(size, kPack<scalar_t> * kEpilogueThreads), kEpilogueThreads, 0, current_stream(),
-             x.mutable_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(),
+      LAUNCH((bias_relu_kernel<scalar_t, A, I>), blocks_for(size, kPack<scalar_t> * kEpilogueThreads), kEpilogueThreads,
+             0, current_stream(), x.mutable_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(),
              shortcut.defined() ? shortcut.const_data_ptr<scalar_t>() : nullptr, I(size), I(channels), I(inner));
     };
     size < (int64_t(1) << 30) ? launch(0u) : launch(0ll);  // 32-bit divisions where they do

@@ -20,9 +20,9 @@ Tensor cross_entropy_top1(const Tensor& logits_, const Tensor& labels_) {
   const dim3 grid(std::min(64u, blocks_for(images, kLossWarps)), unsigned(networks));
   const Tensor sums = at::empty({networks, grid.x, 3}, options);
   DISPATCH_FLOAT_OR_LOWER(logits.scalar_type(), "cross_entropy_top1", [&] {
-    LAUNCH(cross_entropy_top1_kernel<scalar_t>, grid, 32 * kLossWarps, 0, current_stream(), logits.const_data_ptr<scalar_t>(),
-           reinterpret_cast<const long long*>(labels.const_data_ptr<int64_t>()), (long long)images, int(classes),
-           sums.mutable_data_ptr<double>());
+    LAUNCH(cross_entropy_top1_kernel<scalar_t>, grid, 32 * kLossWarps, 0, current_stream(),
+           logits.const_data_ptr<scalar_t>(), reinterpret_cast<const long long*>(labels.const_data_ptr<int64_t>()),
+           (long long)images, int(classes), sums.mutable_data_ptr<double>());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return sums.sum(1);

@@ -32,16 +32,17 @@ __device__ inline void combine_pack(float* points, const float* states, const fl
 
 // grid.y: chunks of `chunk` points, whose coefficients are in shared memory: chunk * count floats
 template <int M>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(float* points, const float* states, const float* coefficients,
-                                                           const unsigned char* keep, long long size, int count, int total,
-                                                           int chunk) {
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_kernel(float* points, const float* states, const float* coefficients, const unsigned char* keep,
+                   long long size, int count, int total, int chunk) {
   DYN_SHARED(float, c);
   const int first = blockIdx.y * chunk;
   if (chunk > total - first) chunk = total - first;
   for (int i = threadIdx.x; i < chunk * count; i += kCombineThreads) c[i] = coefficients[(long long)first * count + i];
   __syncthreads();
   points += first * size;
-  const long long thread = (long long)blockIdx.x * kCombineThreads + threadIdx.x, threads = (long long)gridDim.x * kCombineThreads;
+  const long long thread = (long long)blockIdx.x * kCombineThreads + threadIdx.x,
+                  threads = (long long)gridDim.x * kCombineThreads;
   const bool packed = size % 4 == 0 && aligned<4>(points) && aligned<4>(states) && (!keep || aligned<4>(keep));
   if (packed)
     for (long long i = 4 * thread; i < size; i += 4 * threads)

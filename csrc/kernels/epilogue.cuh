@@ -24,13 +24,15 @@ __device__ inline void bias_relu_pack(T* x, const T* bias, const T* shortcut, I 
 
 // `inner` elements in a row share a channel: H W of [N, C, H, W], 1 of channels_last. I: type that holds size.
 template <class T, class A, class I>
-__global__ void __launch_bounds__(kEpilogueThreads) bias_relu_kernel(T* x, const T* bias, const T* shortcut, I size, I channels, I inner) {
+__global__ void __launch_bounds__(kEpilogueThreads)
+    bias_relu_kernel(T* x, const T* bias, const T* shortcut, I size, I channels, I inner) {
   constexpr int N = kPack<T>;
   const I thread = I(blockIdx.x) * kEpilogueThreads + threadIdx.x, threads = I(gridDim.x) * kEpilogueThreads;
   const bool packed = (inner == 1 ? channels : inner) % N == 0 && aligned<N>(x) && aligned<N>(shortcut) &&
                       (inner > 1 || aligned<N>(bias));
   if (packed)
-    for (I i = thread * N; i < size; i += threads * N) bias_relu_pack<T, A, I, N>(x, bias, shortcut, channels, inner, i);
+    for (I i = thread * N; i < size; i += threads * N)
+      bias_relu_pack<T, A, I, N>(x, bias, shortcut, channels, inner, i);
   else
     for (I i = thread; i < size; i += threads) bias_relu_pack<T, A, I, 1>(x, bias, shortcut, channels, inner, i);
 }

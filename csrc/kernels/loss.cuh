@@ -1,6 +1,6 @@
 // cross_entropy_top1: loss, squared loss and top-1 hit of each image and network, summed by block.
-// Reads logits and labels once (4 K B C + 8 B bytes for float32; the row's second look comes from cache), about 3 operations
-// and an exponential a logit. Written: three doubles a block.
+// Reads logits and labels once (4 K B C + 8 B bytes for float32; the row's second look comes from cache), about 3
+// operations and an exponential a logit. Written: three doubles a block.
 #pragma once
 #include "scalar.cuh"
 
@@ -10,8 +10,8 @@ constexpr int kLossWarps = 8;
 
 // One warp an image; grid (blocks, K). sums [K, blocks, 3]. A label outside of [0, C) makes the loss NaN.
 template <class T>
-__global__ void __launch_bounds__(32 * kLossWarps) cross_entropy_top1_kernel(const T* logits, const long long* labels, long long images,
-                                                                      int classes, double* sums) {
+__global__ void __launch_bounds__(32 * kLossWarps)
+    cross_entropy_top1_kernel(const T* logits, const long long* labels, long long images, int classes, double* sums) {
   __shared__ double shared[kLossWarps][3];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   double loss_sum = 0, square_sum = 0, correct = 0;

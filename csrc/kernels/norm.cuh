@@ -1,6 +1,6 @@
-// norm_relu_pool: instance norm, ReLU and 2x2 average pooling of planes [H, W] of a contiguous [N, C, H, W], and backward.
-// Memory bound; a plane is read from memory once, its later looks come from cache. Forward, per element of x in float32:
-// 4 bytes read, 1 written, 9 operations. Backward: 4 + 1 read, 4 written, 20 operations.
+// norm_relu_pool: instance norm, ReLU and 2x2 average pooling of planes [H, W] of a contiguous [N, C, H, W], and
+// backward. Memory bound; a plane is read from memory once, its later looks come from cache. Forward, per element of x
+// in float32: 4 bytes read, 1 written, 9 operations. Backward: 4 + 1 read, 4 written, 20 operations.
 #pragma once
 #include "scalar.cuh"
 
@@ -35,7 +35,9 @@ struct Cells {
     for (int i = 0; i < 2; ++i)
       for (int j = 0; j < 2; ++j) pack<N>(x + i * width + j * N) = row[i][j];
   }
-  __device__ T& at(int cell, int i) { return row[i / 2][(2 * cell + i % 2) / N].v[(2 * cell + i % 2) % N]; }  // i in 0..3
+  __device__ T& at(int cell, int i) {
+    return row[i / 2][(2 * cell + i % 2) / N].v[(2 * cell + i % 2) % N];
+  }  // i in 0..3
 };
 
 // Calls f(offset of the cells in the plane, offset of the first in the pooled plane) for all groups of N cells.
@@ -85,9 +87,9 @@ __device__ inline void pool(const T* x, T* pooled, int height, int width, const 
 
 // A plane belongs to kThreads threads: a warp for small planes, the block for large ones.
 template <class T, class A, int kThreads>
-__global__ void __launch_bounds__(kNormThreads) norm_relu_pool_kernel(const T* x, const A* weight, const A* bias, T* pooled, A* means,
-                                                               A* rstds, long long planes, int channels, int height, int width,
-                                                               A eps) {
+__global__ void __launch_bounds__(kNormThreads)
+    norm_relu_pool_kernel(const T* x, const A* weight, const A* bias, T* pooled, A* means, A* rstds, long long planes,
+                          int channels, int height, int width, A eps) {
   __shared__ A shared[kNormThreads / 32];
   const long long plane = (long long)blockIdx.x * (kNormThreads / kThreads) + threadIdx.x / kThreads;
   if (plane >= planes) return;  // a whole warp, and only where no barrier follows
@@ -112,8 +114,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_relu_pool_kernel(const T* x
 }
 
 template <int kThreads, int N, class T, class A>
-__device__ inline void backward(const T* grad, const T* x, T* dx, int height, int width, const Channel<A>& channel, A* shared,
-                                A& dweight, A& dbias) {
+__device__ inline void backward(const T* grad, const T* x, T* dx, int height, int width, const Channel<A>& channel,
+                                A* shared, A& dweight, A& dbias) {
   A sum = 0, sum_normal = 0;
   for_cells<kThreads, N>(height, width, [&](int at, int at_pooled) {
     Cells<T, N> cells;
@@ -140,7 +142,8 @@ __device__ inline void backward(const T* grad, const T* x, T* dx, int height, in
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const A v = A(cells.at(c, i));
-        cells.at(c, i) = T(channel.backward(v, channel.through_relu(v, A(.25) * A(g.v[c])), mean_grad, mean_grad_normal));
+        cells.at(c, i) =
+            T(channel.backward(v, channel.through_relu(v, A(.25) * A(g.v[c])), mean_grad, mean_grad_normal));
       }
     cells.store(dx + at, width);
   });
@@ -153,8 +156,9 @@ __device__ inline void backward(const T* grad, const T* x, T* dx, int height, in
 // dweight and dbias [N, C]: each plane's share
 template <class T, class A, int kThreads>
 __global__ void __launch_bounds__(kNormThreads)
-    norm_relu_pool_backward_kernel(const T* grad, const T* x, const A* weight, const A* bias, const A* means, const A* rstds, T* dx,
-                            A* dweights, A* dbiases, long long planes, int channels, int height, int width) {
+    norm_relu_pool_backward_kernel(const T* grad, const T* x, const A* weight, const A* bias, const A* means,
+                                   const A* rstds, T* dx, A* dweights, A* dbiases, long long planes, int channels,
+                                   int height, int width) {
   __shared__ A shared[kNormThreads / 32];
   const long long plane = (long long)blockIdx.x * (kNormThreads / kThreads) + threadIdx.x / kThreads;
   if (plane >= planes) return;

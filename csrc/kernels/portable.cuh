@@ -4,7 +4,7 @@
 
 #if defined(SIMT_CPU)  // simt.h, included before, has it all
 #elif defined(__CUDACC__)
-#define DYN_SHARED(T, name)                                 \
+#define DYN_SHARED(T, name)                                   \
   extern __shared__ __align__(16) unsigned char name##_raw[]; \
   T* name = reinterpret_cast<T*>(name##_raw)
 #define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)

@@ -20,11 +20,15 @@ struct SgdTensors {  // kernel arguments are at most 4 KB
 };
 
 template <class T>
-__global__ void __launch_bounds__(kSgdThreads) masked_sgd_kernel(const __grid_constant__ SgdTensors<T> tensors, const SgdStep step) {
+__global__ void __launch_bounds__(kSgdThreads)
+    masked_sgd_kernel(const __grid_constant__ SgdTensors<T> tensors, const SgdStep step) {
   int low = 0, high = tensors.count;  // the tensor of this block: first_block[low] <= block < first_block[high]
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (tensors.first_block[middle] <= blockIdx.x) low = middle; else high = middle;
+    if (tensors.first_block[middle] <= blockIdx.x)
+      low = middle;
+    else
+      high = middle;
   }
   const long long start = (long long)(blockIdx.x - tensors.first_block[low]) * kSgdBlock;
   const long long left = tensors.size[low] - start;

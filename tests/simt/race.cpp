@@ -1,6 +1,6 @@
 // The race build: a kernel's file is compiled with -fsanitize=thread, and instead of the sanitizer's library this file
-// gets to see every load and store of it. Two accesses of a byte race when they come from different threads, one of them
-// writes, and no __syncthreads (or __syncwarp within a warp) lies between; different blocks are never in order.
+// gets to see every load and store of it. Two accesses of a byte race when they come from different threads, one of
+// them writes, and no __syncthreads (or __syncwarp within a warp) lies between; different blocks are never in order.
 #include <unordered_map>
 
 #include "simt.h"
@@ -35,9 +35,10 @@ bool is_shared(uintptr_t a) {
 bool is_private(uintptr_t a) {
   const auto in = [a](const void* p, size_t size) { return a >= uintptr_t(p) && a < uintptr_t(p) + size; };
   const auto& b = simt::block;
-  return in(b.current->stack, simt::kStack) || in(&b, sizeof b) || in(b.threads.data(), b.threads.size() * sizeof(simt::Thread)) ||
-         in(&simt::seed, sizeof simt::seed) || in(&threadIdx, sizeof threadIdx) || in(&blockIdx, sizeof blockIdx) ||
-         in(&blockDim, sizeof blockDim) || in(&gridDim, sizeof gridDim);
+  return in(b.current->stack, simt::kStack) || in(&b, sizeof b) ||
+         in(b.threads.data(), b.threads.size() * sizeof(simt::Thread)) || in(&simt::seed, sizeof simt::seed) ||
+         in(&threadIdx, sizeof threadIdx) || in(&blockIdx, sizeof blockIdx) || in(&blockDim, sizeof blockDim) ||
+         in(&gridDim, sizeof gridDim);
 }
 
 void access(const void* p, size_t size, bool writes) {
@@ -46,8 +47,8 @@ void access(const void* p, size_t size, bool writes) {
   const Access now{t->number, current_block, simt::block.barriers, t->warp_syncs};
   for (uintptr_t a = uintptr_t(p); a < uintptr_t(p) + size; ++a) {
     const auto report = [&](const std::string& what, int other) {
-      simt::note(what + " in " + (is_shared(a) ? "shared" : "global") + " memory, threads " + std::to_string(other) + " and " +
-                 t->where());
+      simt::note(what + " in " + (is_shared(a) ? "shared" : "global") + " memory, threads " + std::to_string(other) +
+                 " and " + t->where());
     };
     Byte& byte = history[a];
     if (!writes && byte.write.thread < 0 && is_shared(a)) return report("read of uninitialised memory", t->number);
@@ -75,13 +76,12 @@ void simt_race_new_block(bool new_launch) {
   for (char& byte : simt::block.dynamic) history.erase(uintptr_t(&byte));
 }
 
-#define HOOKS(size)                                                        \
-  void __tsan_read##size(void* p) { access(p, size, false); }              \
-  void __tsan_write##size(void* p) { access(p, size, true); }              \
-  void __tsan_unaligned_read##size(void* p) { access(p, size, false); }    \
+#define HOOKS(size)                                                     \
+  void __tsan_read##size(void* p) { access(p, size, false); }           \
+  void __tsan_write##size(void* p) { access(p, size, true); }           \
+  void __tsan_unaligned_read##size(void* p) { access(p, size, false); } \
   void __tsan_unaligned_write##size(void* p) { access(p, size, true); }
-HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
-void __tsan_read_range(void* p, size_t size) { access(p, size, false); }
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16) void __tsan_read_range(void* p, size_t size) { access(p, size, false); }
 void __tsan_write_range(void* p, size_t size) { access(p, size, true); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

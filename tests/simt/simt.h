@@ -1,9 +1,9 @@
-// Runs CUDA kernel source on the CPU with nothing but g++. Every thread of a block is a fiber, so that __syncthreads and
-// the *_sync warp calls really wait; blocks run one after another, blocks and threads in random order.
+// Runs CUDA kernel source on the CPU with nothing but g++. Every thread of a block is a fiber, so that __syncthreads
+// and the *_sync warp calls really wait; blocks run one after another, blocks and threads in random order.
 //
 // Reported as simt::Error: barriers and warp calls that some threads never reach, shuffles from absent lanes, launches
-// no GPU would accept. With -fsanitize=address,undefined also accesses out of bounds and misaligned vectors; in the race
-// build (race.cpp) also races and reads of shared memory nobody wrote.
+// no GPU would accept. With -fsanitize=address,undefined also accesses out of bounds and misaligned vectors; in the
+// race build (race.cpp) also races and reads of shared memory nobody wrote.
 //
 // What it cannot show: speed, nvcc's contraction of multiply-adds, approximate intrinsics, memory-model reordering.
 #pragma once
@@ -75,8 +75,9 @@ struct Thread {
 
   int lane() const { return number % 32; }
   std::string where() const {
-    return "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ") thread " + std::to_string(number) +
-           " at " + (file ? std::string(file).substr(std::string(file).rfind('/') + 1) : "?") + ":" + std::to_string(line);
+    return "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ") thread " +
+           std::to_string(number) + " at " + (file ? std::string(file).substr(std::string(file).rfind('/') + 1) : "?") +
+           ":" + std::to_string(line);
   }
 };
 
@@ -266,8 +267,8 @@ inline void make_threads(size_t count) {
   for (size_t i = 0; i < count; ++i) {
     Thread& t = block.threads[i];
     t.number = int(i);
-    char* memory = static_cast<char*>(
-        mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    char* memory =
+        static_cast<char*>(mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     mprotect(memory, kGuard, PROT_NONE);
     t.stack = memory + kGuard;
     getcontext(&t.context);
@@ -286,7 +287,8 @@ inline void drop_threads() {
 template <class... Params, class... Args>
 void launch(dim3 grid, dim3 threads, size_t shared, void (*kernel)(Params...), Args... args) {
   const size_t count = size_t(threads.x) * threads.y * threads.z;
-  if (count == 0 || count > 1024 || !grid.x || !grid.y || grid.y > 65535 || grid.z != 1) throw Error("invalid launch configuration");
+  if (count == 0 || count > 1024 || !grid.x || !grid.y || grid.y > 65535 || grid.z != 1)
+    throw Error("invalid launch configuration");
   if (shared > kSharedLimit) throw Error("too much shared memory");
   if ((0 + ... + sizeof(Params)) > 4096) throw Error("kernel parameters exceed 4 KB");
   make_threads(count);
@@ -323,7 +325,9 @@ T shuffle(unsigned mask, T v, int source, const char* file, int line) {
 // ---- the library: what the kernels use ----
 #define SIMT_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 inline void __syncthreads(SIMT_PLACE) { simt::barrier(file, line); }
-inline void __syncwarp(unsigned mask = ~0u, SIMT_PLACE) { simt::warp_call(simt::WarpCall::sync, mask, 0, 0, file, line); }
+inline void __syncwarp(unsigned mask = ~0u, SIMT_PLACE) {
+  simt::warp_call(simt::WarpCall::sync, mask, 0, 0, file, line);
+}
 template <class T>
 T __shfl_sync(unsigned mask, T v, int lane, SIMT_PLACE) {
   return simt::shuffle(mask, v, lane, file, line);

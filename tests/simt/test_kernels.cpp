@@ -50,13 +50,17 @@ double uniform() { return (rand() + .5) / (RAND_MAX + 1.) * 2 - 1; }
 
 template <class T>
 double value(T v) {
-  if constexpr (std::is_same_v<T, double>) return v;
-  else return double(float(v));
+  if constexpr (std::is_same_v<T, double>)
+    return v;
+  else
+    return double(float(v));
 }
 template <class T>
 T rounded(double v) {
-  if constexpr (std::is_same_v<T, double>) return v;
-  else return T(float(v));
+  if constexpr (std::is_same_v<T, double>)
+    return v;
+  else
+    return T(float(v));
 }
 
 // A tensor on the heap that ends where its memory ends; `shift` elements behind a 16-byte boundary.
@@ -138,9 +142,9 @@ void test_combine(int count, int size, int shift, bool masked) {
   Tensor<float> states(size_t(count) * size, shift), coefficients(total * count), points(size_t(total) * size);
   Tensor<unsigned char> keep(size);
   for (int i = 0; i < size; ++i) keep.data[i] = rand() % 2;
-  LAUNCH(combine_kernel<M>, dim3(2, (total + chunk - 1) / chunk), kCombineThreads, chunk * count * sizeof(float), 0, points.data,
-         (const float*)states.data, (const float*)coefficients.data, (const unsigned char*)(masked ? keep.data : nullptr),
-         (long long)size, count, total, chunk);
+  LAUNCH(combine_kernel<M>, dim3(2, (total + chunk - 1) / chunk), kCombineThreads, chunk * count * sizeof(float), 0,
+         points.data, (const float*)states.data, (const float*)coefficients.data,
+         (const unsigned char*)(masked ? keep.data : nullptr), (long long)size, count, total, chunk);
   double error = 0;
   for (int k = 0; k < total; ++k)
     for (int i = 0; i < size; ++i) {
@@ -163,8 +167,8 @@ void test_cross_entropy_top1(int classes) {
     row[classes / 3] = row[classes - 1] = T(9.f);
   }
   labels.data[5] = classes / 3;
-  LAUNCH(cross_entropy_top1_kernel<T>, dim3(blocks, networks), 32 * kLossWarps, 0, 0, (const T*)logits.data, (const long long*)labels.data,
-         (long long)images, classes, sums.data);
+  LAUNCH(cross_entropy_top1_kernel<T>, dim3(blocks, networks), 32 * kLossWarps, 0, 0, (const T*)logits.data,
+         (const long long*)labels.data, (long long)images, classes, sums.data);
   for (int k = 0; k < networks; ++k) {
     double want[3] = {}, error = 0;
     for (int b = 0; b < images; ++b) {
@@ -190,8 +194,8 @@ void test_cross_entropy_top1_of_nan_and_bad_label() {
   Tensor<double> sums(3);
   logits.data[3] = NAN;  // on top, as in torch.argmax
   labels.data[0] = 3, labels.data[1] = classes;
-  LAUNCH(cross_entropy_top1_kernel<float>, 1, 32 * kLossWarps, 0, 0, (const float*)logits.data, (const long long*)labels.data, 2ll, classes,
-         sums.data);
+  LAUNCH(cross_entropy_top1_kernel<float>, 1, 32 * kLossWarps, 0, 0, (const float*)logits.data,
+         (const long long*)labels.data, 2ll, classes, sums.data);
   check("NaN and bad labels", std::isnan(sums[0]) && sums[2] == 1 ? 0 : 1, 0);
 }
 
@@ -204,11 +208,11 @@ void test_norm_relu_pool(int height, int width, int shift) {
   Tensor<T> dx(size_t(planes) * size, shift);
   Tensor<A> weight(channels), bias(channels), mean(planes), rstd(planes), dweight(planes), dbias(planes);
   const unsigned blocks = kThreads == 32 ? (planes + kNormThreads / 32 - 1) / (kNormThreads / 32) : planes;
-  LAUNCH((norm_relu_pool_kernel<T, A, kThreads>), blocks, kNormThreads, 0, 0, (const T*)x.data, (const A*)weight.data, (const A*)bias.data,
-         pooled.data, mean.data, rstd.data, (long long)planes, channels, height, width, A(eps));
-  LAUNCH((norm_relu_pool_backward_kernel<T, A, kThreads>), blocks, kNormThreads, 0, 0, (const T*)grad.data, (const T*)x.data,
-         (const A*)weight.data, (const A*)bias.data, (const A*)mean.data, (const A*)rstd.data, dx.data, dweight.data, dbias.data,
-         (long long)planes, channels, height, width);
+  LAUNCH((norm_relu_pool_kernel<T, A, kThreads>), blocks, kNormThreads, 0, 0, (const T*)x.data, (const A*)weight.data,
+         (const A*)bias.data, pooled.data, mean.data, rstd.data, (long long)planes, channels, height, width, A(eps));
+  LAUNCH((norm_relu_pool_backward_kernel<T, A, kThreads>), blocks, kNormThreads, 0, 0, (const T*)grad.data,
+         (const T*)x.data, (const A*)weight.data, (const A*)bias.data, (const A*)mean.data, (const A*)rstd.data,
+         dx.data, dweight.data, dbias.data, (long long)planes, channels, height, width);
   double error = 0, error_backward = 0;
   for (int p = 0; p < planes; ++p) {
     const double w = weight[p % channels], b = bias[p % channels];
@@ -227,7 +231,8 @@ void test_norm_relu_pool(int height, int width, int shift) {
     }
     for (int i = 0; i < pooled_size; ++i) keep_largest(error, pooled[p * pooled_size + i], out[i]);
     for (int i = 0; i < size; ++i)
-      keep_largest(error_backward, dx[p * size + i], w / sqrt(v + eps) * (g[i] - sum / size - normal[i] * sum_normal / size));
+      keep_largest(error_backward, dx[p * size + i],
+                   w / sqrt(v + eps) * (g[i] - sum / size - normal[i] * sum_normal / size));
     keep_largest(error_backward, value(dweight.data[p]), sum_normal);
     keep_largest(error_backward, value(dbias.data[p]), sum);
   }
@@ -244,7 +249,8 @@ void test_bias_relu(int channels, int inner, bool channels_last, bool with_short
   for (int i = 0; i < size; ++i)
     want[i] = std::max(0., x[i] + bias[(channels_last ? i : i / inner) % channels] + (with_shortcut ? shortcut[i] : 0));
   LAUNCH((bias_relu_kernel<T, A, unsigned>), 3, kEpilogueThreads, 0, 0, x.data, (const T*)bias.data,
-         (const T*)(with_shortcut ? shortcut.data : nullptr), unsigned(size), unsigned(channels), unsigned(channels_last ? 1 : inner));
+         (const T*)(with_shortcut ? shortcut.data : nullptr), unsigned(size), unsigned(channels),
+         unsigned(channels_last ? 1 : inner));
   double error = 0;
   for (int i = 0; i < size; ++i) keep_largest(error, x[i], want[i]);
   check(std::string("bias_relu ") + name_of<T>, error, tolerance<T>);
