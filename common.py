@@ -723,6 +723,9 @@ def train(model, split, recipe, generator, mask=None, span=None, momenta=None, p
         return batch_loss.detach(), (logits.argmax(1) == labels).sum()
 
     if recipe.compile:
+        import torch._dynamo.config as dynamo
+        if hasattr(dynamo, "trace_autograd_ops"):  # in an older torch the graph ends at torch.autograd.grad
+            dynamo.trace_autograd_ops = True
         step = torch.compile(step, dynamic=False, mode="reduce-overhead")
     model.train()
     for epoch in range(first, last):
