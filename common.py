@@ -976,6 +976,12 @@ def family(config):
     return names[config["data"]] + rewound + started
 
 
+def label(subnetwork):
+    """Family and sparsity of a mask file's dict."""
+    percent = 100 * subnetwork["sparsity"]
+    return f"{family(subnetwork['config'])}, {percent:.3g}% sparse" if percent else "dense"
+
+
 def fingerprint(subnetwork):
     """sha256 over the masks and the initial state of a mask file's dict."""
     digest = hashlib.sha256()

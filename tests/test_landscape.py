@@ -1,0 +1,259 @@
+"""landscape.py on surfaces known in closed form, and on small networks."""
+import itertools
+import json
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+import landscape
+from common import UserError
+
+CONFIG = dict(model="convnet3", dataset="digits", width=4, norm=None, image_size=8, channels=1, num_classes=10, seed=0,
+              train_images=200, data="real", ipc=10, eval_epochs=1, lr=.05, momentum=.9, weight_decay=5e-4,
+              batch_size=64, augment="dsa", cutmix=.5, flip=False)
+
+
+def toy_states(count=4, size=6, seed=0):
+    rows = torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
+    return [{"w": row[:4].view(2, 2), "b": row[4:]} for row in rows]
+
+
+def flat(state):
+    return np.concatenate([state["w"].numpy().ravel(), state["b"].numpy()]).astype(float)
+
+
+def networks(count=4, **changes):
+    """States of masked networks and their mask."""
+    config = CONFIG | changes
+    nets = [common.build_network(config, seed) for seed in range(count)]
+    mask = {name: torch.rand(w.shape, generator=torch.Generator().manual_seed(9)) < .5
+            for name, w in common.prunable(nets[0]).items()}
+    for net in nets:
+        common.apply_mask(net, mask)
+        for module in net.modules():  # running variances apart, so that extrapolating them goes below zero
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.copy_(torch.rand(module.running_var.shape) + .01)
+    return [net.state_dict() for net in nets], mask, common.build_network(config)
+
+
+def mask_file(path, **changes):
+    config = CONFIG | changes
+    states, mask, _ = networks(1, **changes)
+    common.save(path, {"format": common.MASK_FORMAT, "round": 3, "sparsity": common.sparsity(mask), "masks": mask,
+                       "init": states[0], "config": config, "results": {}})
+    return path
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["landscape.py", *map(str, arguments)])
+    landscape.main()
+
+
+# Planes
+
+
+@pytest.mark.parametrize("kind", ["three", "pca", "random"])
+@pytest.mark.parametrize("states", [toy_states(), networks()[0]])
+def test_basis_is_orthonormal_and_residuals_are_true_distances(kind, states):
+    names = list(states[0])
+    plane = landscape.make_plane(kind, states, names, common.random_stream(0))
+    rows = landscape.vectors(plane.states, names).double().numpy()
+    basis, origin = plane.axes @ rows, plane.base @ rows
+    assert np.allclose(basis @ basis.T, np.eye(2), atol=1e-6)
+    for m, (coordinates, residual) in enumerate(zip(plane.models, plane.residuals)):
+        offset = rows[m] - origin
+        assert coordinates == pytest.approx(basis @ offset, abs=1e-6)
+        assert residual == pytest.approx(np.linalg.norm(offset - (basis @ offset) @ basis), abs=1e-5)
+
+
+def test_plane_three_holds_three_models_exactly():
+    plane = landscape.make_plane("three", toy_states(), ["w", "b"])
+    assert plane.residuals[:3] == pytest.approx([0, 0, 0], abs=1e-6) and plane.residuals[3] > .1
+    assert plane.coefficients(plane.models[:3]) == pytest.approx(np.eye(4)[:3], abs=1e-9)
+
+
+def test_plane_pca_explains_what_numpy_svd_says():
+    states = toy_states()
+    rows = np.array([flat(state) for state in states])
+    singular = np.linalg.svd(rows - rows.mean(0), compute_uv=False)
+    plane = landscape.make_plane("pca", states, ["w", "b"])
+    assert plane.explained == pytest.approx((singular[:2] ** 2).sum() / (singular ** 2).sum(), rel=1e-6)
+
+
+def test_plane_paper_holds_two_models():
+    plane = landscape.make_plane("paper", toy_states(), ["w", "b"])
+    assert plane.residuals[:2] == pytest.approx([0, 0], abs=1e-6) and (plane.residuals[2:] > .1).all()
+
+
+def test_random_directions_have_the_filters_norms_and_keep_the_mask():
+    states, mask, net = networks(1)
+    names = [name for name, _ in net.named_parameters()]
+    direction = landscape.random_direction(states[0], names, common.random_stream(0))
+    for name, kept in mask.items():
+        norms = [v[name].flatten(1).norm(dim=1) for v in (direction, states[0])]
+        torch.testing.assert_close(*norms)
+        assert (direction[name][~kept] == 0).all()
+    assert (direction["norm1.bias"] == 0).all()
+
+
+def test_identical_models_span_no_plane():
+    states = toy_states()
+    with pytest.raises(UserError, match="no plane"):
+        landscape.make_plane("three", [states[0], states[1], states[1]], ["w", "b"])
+
+
+# Surfaces
+
+
+def quadratic(plane, coefficients):
+    """Loss (w - c)' A (w - c) of each point, as a score."""
+    random = np.random.default_rng(1)
+    a, c = random.normal(size=(6, 6)), random.normal(size=6)
+    points = coefficients @ np.array([flat(state) for state in plane.states]) - c
+    return [(value, .5, .1) for value in np.einsum("ki,ij,kj->k", points, a @ a.T, points)]
+
+
+def everywhere(coefficients):
+    return np.ones(len(coefficients), bool)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(landscape, "draw_surface", lambda *arguments: None)
+
+
+def toy_survey(path, score, size=9, earlier=None):
+    plane = landscape.make_plane("three", toy_states(), ["w", "b"])
+    grid = landscape.grid_axes(plane, "three", size, ["w", "b"])
+    about = {"labels": np.array(["toy"]), "settings": np.array(json.dumps({"on": "real", "num_classes": 10}))}
+    about |= {key: np.array([getattr(plane, key)]) for key in ("models", "residuals", "explained")}
+    landscape.survey(path, [plane], [grid], [partial(score, plane)], [everywhere], about, earlier)
+    return plane, landscape.read_surface(path)
+
+
+def test_quadratic_surface_is_reproduced(tmp_path, no_pictures):
+    plane, surface = toy_survey(tmp_path / "landscape.npz", quadratic)
+    basis = plane.axes @ np.array([flat(state) for state in plane.states])
+    random = np.random.default_rng(1)
+    a, c = random.normal(size=(6, 6)), random.normal(size=6)
+    for (i, y), (j, x) in itertools.product(enumerate(surface["ys"][0]), enumerate(surface["xs"][0])):
+        offset = flat(plane.states[0]) + x * basis[0] + y * basis[1] - c
+        assert surface["losses"][0, i, j] == pytest.approx(offset @ a @ a.T @ offset, rel=1e-6)
+    losses, barriers, rises = landscape.read_probes(surface["probes"][0, :, 0], 4)
+    assert losses == pytest.approx([score[0] for score in quadratic(plane, np.eye(4))])
+    assert (barriers == 0).all()  # a convex loss
+    curvature = basis @ a @ a.T @ basis.T  # a circle's mean rise is r**2 / 2 times the trace, around any point
+    assert rises == pytest.approx(np.tile(np.trace(curvature) / 2 * np.square(landscape.RADII), (4, 1)), rel=1e-6)
+
+
+def test_barrier_matrix_reads_the_lines():
+    losses = np.array([1., 3., 2.] + [2.] * 9 + [9.] * 9 + [0.] * 9 + [0.] * 3 * 3 * 8)
+    _, barriers, _ = landscape.read_probes(losses, 3)
+    assert barriers[0, 1] == pytest.approx(2 - 1.2) and barriers[2, 0] == pytest.approx(9 - 1.1) and barriers[1, 2] == 0
+
+
+def test_area_below_a_level_is_a_disc():
+    xs = np.linspace(-2, 2, 401)
+    area, share = landscape.area_below(xs ** 2 + xs[:, None] ** 2, xs, xs, 1.)
+    assert area == pytest.approx(np.pi, rel=.01) and share == pytest.approx(np.pi / 16, rel=.02)
+
+
+@pytest.mark.parametrize("size", [9, 10, 25])
+def test_every_point_comes_once_and_coarse_ones_first(size):
+    levels = landscape.coarse_to_fine(size)
+    assert sorted(np.concatenate(levels)) == list(range(size * size))
+    assert len(levels[0]) == len(range(0, size, 8)) ** 2
+
+
+def test_resumed_survey_equals_uninterrupted_bit_for_bit(tmp_path, no_pictures):
+    whole = toy_survey(tmp_path / "whole.npz", quadratic)[1]
+    calls = itertools.count()
+
+    def stopping(plane, coefficients):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return quadratic(plane, coefficients)
+
+    path = tmp_path / "parts.npz"
+    with pytest.raises(KeyboardInterrupt):
+        toy_survey(path, stopping)
+    earlier = landscape.unpack(landscape.read_surface(path))
+    assert 0 < earlier[1].sum() < earlier[1].size
+    parts = toy_survey(path, quadratic, earlier=earlier)[1]
+    assert all(np.array_equal(parts[key], whole[key]) for key in whole)
+
+
+# Networks
+
+
+@pytest.mark.parametrize("kind", ["three", "pca", "paper", "random"])
+def test_masks_hold_at_every_point_and_models_keep_their_own_loss(kind):
+    states, mask, net = networks()
+    names = [name for name, _ in net.named_parameters()]
+    split = common.load_real(dict(CONFIG), "nowhere")[0]
+    plane = landscape.make_plane(kind, states, names, common.random_stream(0))
+    for weights in plane.coefficients([(0, 0), (1.5, -2), (-3, .5)]):
+        point = common.combine(plane.states, weights.tolist())
+        assert all((point[name][~kept] == 0).all() for name, kept in mask.items())
+    inside = [m for m in range(4) if plane.residuals[m] < 1e-4]
+    assert len(inside) == {"three": 3, "pca": 0, "paper": 2, "random": 1}[kind]
+    for m in inside:
+        [score] = landscape.score_points(net, plane, split, None, plane.coefficients(plane.models[m:m + 1]))
+        net.load_state_dict(states[m])
+        assert score.loss == pytest.approx(common.evaluate(net, split).loss, rel=1e-5)
+
+
+def test_interpolated_statistics_stay_in_the_hull_or_never_negative():
+    states, _, net = networks(norm="batch")
+    plane = landscape.make_plane("three", states, [name for name, _ in net.named_parameters()])
+    points = plane.coefficients(np.random.default_rng(0).normal(size=(200, 2)) * np.abs(plane.models).max())
+    hull = landscape.allowed(plane, "lerp", False, points)
+    further = landscape.allowed(plane, "lerp", True, points)
+    assert hull.sum() < further.sum() < 200 and (further | ~hull).all()
+    for weights, fine in zip(points, further):
+        variances = [v for name, v in common.combine(states, weights.tolist()).items() if name.endswith("running_var")]
+        assert fine == all((v >= -1e-7).all() for v in variances)
+    assert landscape.allowed(plane, "recompute", False, points).all()
+
+
+# The command
+
+
+def test_command_resumes_redraws_and_refuses_other_settings(tmp_path, monkeypatch, capsys):
+    mask = mask_file(tmp_path / "r3.pt")
+    folders = ("--out", tmp_path / "out", "--endpoints", tmp_path / "ends")
+    command = ("--mask", mask, "--grid", 9, "--eval-images", 20, *folders)
+    run(monkeypatch, *command, "--basis")
+    surface = landscape.read_surface(tmp_path / "out" / "landscape.npz")
+    assert np.isfinite(surface["losses"]).all() and surface["losses"].shape == (1, 9, 9)
+    assert surface["basis"].shape == (1, 2, sum(p.numel() for p in networks(1)[2].parameters()))
+    monkeypatch.setattr(common, "evaluate_points", None)  # everything is there already
+    run(monkeypatch, *command)
+    (tmp_path / "out" / "landscape.png").unlink()
+    run(monkeypatch, "--plot", tmp_path / "out" / "landscape.npz")
+    assert (tmp_path / "out" / "landscape.png").exists()
+    assert "loss below" in capsys.readouterr().out
+    with pytest.raises(UserError, match="surface of other plane"):
+        run(monkeypatch, *command, "--plane", "pca")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--orders", 2], "needs 3 models"),
+    (["--plane", "paper", "--orders", 3], "needs 4 models"),
+    (["--mask", "r3.pt", "other.pt"], "model resnet10, .*r3.pt convnet3"),
+    (["--plot", "r3.pt"], "not a surface"),
+    (["--plot", "old.npz"], "not a surface of this version"),
+])
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    mask_file(tmp_path / "r3.pt")
+    mask_file(tmp_path / "other.pt", model="resnet10", width=8)
+    common.save(tmp_path / "old.npz", {"format": np.array("lottery-landscape-0")})
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, "--mask", "r3.pt", *arguments)
+    assert not (tmp_path / "runs").exists()
