@@ -330,8 +330,8 @@ def fused(model, mask=None, sparse="auto"):
     before it, whose bias the norm cancels and which therefore gets no gradient. In eval mode without gradients
     BatchNorm is folded into the convolution before it, in nn.Sequential and in common's ResNets.
     """
-    if mask and sparse != "off" and supports(model) and (sparse == "on" or worthwhile(mask)):
-        return SparseNetwork(model, mask, sparse)
+    if mask and sparse != "off" and supports(model) and (sparse == "on" or worthwhile(model, mask)):
+        return SparseNetwork(model, mask, sparse, convolve)
     parameter = next(model.parameters(), None)
     return Fused(model) if parameter is not None and runs_on(parameter.device.type) else model
 

@@ -95,18 +95,22 @@ def sparse_conv(conv, x, weight, bias=None, gamma=None, beta=None, residual=None
     return Blocked(y, halo, x.images), mean, variance
 
 
-def pays(kept):
-    """Whether a layer of which `kept` (bool, out x in x ...) survives is faster sparse than dense.
+def pays(layer, kept):
+    """Whether a layer of whose weights `kept` survive is faster sparse than dense: crossovers of tests/bench_sparse.py.
 
-    Fitted to tests/bench_sparse.py. A dense convolution of a few channels leaves most of a processor's lanes idle.
+    A dense convolution of a few channels leaves most of a processor's lanes idle; one by Winograd's algorithm saves
+    three quarters of the multiplications.
     """
-    return kept.shape[1] <= 4 or bool(kept.float().mean() < .6)
+    if isinstance(layer, nn.Conv2d) and layer.in_channels <= 4:
+        return True
+    winograd = isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer.stride == (1, 1)
+    return bool(kept.float().mean() < (.18 if winograd else .4))
 
 
-def worthwhile(mask):
-    """Whether a network gains from the layout of sparse layers: the mean density of its convolutions is below 1/2."""
-    densities = [kept.float().mean() for kept in mask.values() if kept.dim() == 4 and kept.shape[1] > 4]
-    return bool(torch.stack(densities).mean() < .5)
+def worthwhile(model, mask):
+    """Whether any convolution after the first gains from being sparse."""
+    convolutions = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)][1:]
+    return any(pays(conv, mask[f"{name}.weight"]) for name, conv in convolutions)
 
 
 #############################################
@@ -138,15 +142,15 @@ def update_running_statistics(norm, mean, variance, count):
 class Stage:
     """Convolution, norm, residual addition, ReLU and pooling: sparse on Blocked activations, or dense on [N, C, H, W]."""
 
-    def __init__(self, conv, norm, mask, sparse, relu=True, pool=1, halo=HALO):
+    def __init__(self, conv, norm, mask, convolve, sparse, relu=True, pool=1, halo=HALO):
         self.conv, self.norm, self.mask, self.relu, self.pool, self.halo = conv, norm, mask, relu, pool, halo
-        self.is_sparse = pays(mask) if sparse == "auto" else sparse == "on"
+        self.convolve, self.is_sparse = convolve, sparse == "on" or pays(conv, mask)
         self.plans = {}
 
     def __call__(self, x, residual=None):
         if self.is_sparse:
             return self.on_blocks(blocked(x, self.conv.padding[0]), residual)
-        y = self.norm(self.conv(unblocked(x)))
+        y = self.norm(self.convolve(self.conv, unblocked(x), self.conv.weight, self.conv.bias))
         y = y if residual is None else y + unblocked(residual)
         y = F.relu(y) if self.relu else y
         return F.avg_pool2d(y, 2) if self.pool == 2 else y
@@ -167,7 +171,7 @@ class Classifier:
 
     def __init__(self, linear, mask, sparse):
         self.linear, self.mask = linear, mask[:, :, None, None]
-        self.is_sparse = pays(mask) if sparse == "auto" else sparse == "on"
+        self.is_sparse = sparse == "on" or pays(linear, mask)
         self.plans = {}
 
     def __call__(self, x):
@@ -189,12 +193,10 @@ def plan_for(plans, mask, x, stride, padding):
     return plans[key]
 
 
-def residual_block(block, mask, name, sparse):
+def residual_block(stage, name, has_shortcut):
     """A common.BasicBlock as three stages."""
-    def stage(path, norm, **options):
-        return Stage(block.get_submodule(path), norm, mask[f"{name}.{path}.weight"], sparse, **options)
-    first, second = stage("conv1", block.norm1), stage("conv2", block.norm2)
-    shortcut = stage("shortcut.conv", block.shortcut.norm, relu=False) if len(block.shortcut) else lambda x: x
+    first, second = (stage(f"{name}.conv{i}", f"{name}.norm{i}") for i in (1, 2))
+    shortcut = stage(f"{name}.shortcut.conv", f"{name}.shortcut.norm", relu=False) if has_shortcut else lambda x: x
     return lambda x: second(first(x), residual=shortcut(x))
 
 
@@ -223,17 +225,19 @@ class SparseNetwork:
     """A view of `model` that computes images [N, C, H, W] -> logits [N, classes], sharing its parameters and buffers.
 
     `mask` says which weights survive; in sparse layers the others are taken as 0 and get gradient 0. `sparse`: "on" for
-    all layers, "auto" for those where it pays. Without gradients the images are taken in chunks that suit the cache.
+    all layers, "auto" for those where it pays; the others compute `convolve(conv, x, weight, bias)`. Without gradients
+    the images are taken in chunks that suit the cache.
     """
 
-    def __init__(self, model, mask, sparse="auto"):
+    def __init__(self, model, mask, sparse="auto", convolve=nn.Conv2d._conv_forward):
         def stage(conv, norm, **options):
-            return Stage(model.get_submodule(conv), model.get_submodule(norm), mask[f"{conv}.weight"], sparse, **options)
+            return Stage(model.get_submodule(conv), model.get_submodule(norm), mask[f"{conv}.weight"], convolve, sparse,
+                         **options)
         if isinstance(model, common.ConvNet3):
             self.stages = [stage(f"conv{i}", f"norm{i}", pool=2, halo=0 if i == 3 else HALO) for i in (1, 2, 3)]
         else:
             self.stages = [stage("conv1", "norm1")] + [max_pool] * hasattr(model, "pool1")
-            self.stages += [residual_block(module, mask, name, sparse) for name, module in model.named_children()
+            self.stages += [residual_block(stage, name, len(module.shortcut) > 0) for name, module in model.named_children()
                             if isinstance(module, common.BasicBlock)]
             self.stages.append(global_average_pool)
         self.stages.append(Classifier(model.linear, mask["linear.weight"], sparse))
