@@ -21,7 +21,7 @@ INSTANCES = """
 #include "loss.cuh"
 #include "norm.cuh"
 #include "sgd.cuh"
-using namespace lottery;
+namespace lottery {
 #define INSTANTIATE(T, A) \\
   template __global__ void norm_relu_pool_kernel<T, A, 32>(const T*, const A*, const A*, T*, A*, A*, long long, int, \\
                                                            int, int, A); \\
@@ -30,7 +30,7 @@ using namespace lottery;
   template __global__ void bias_relu_kernel<T, A, unsigned>(T*, const T*, const T*, unsigned, unsigned, unsigned);
 #define INSTANTIATE_FLOAT(T) \\
   INSTANTIATE(T, float) \\
-  template __global__ void masked_sgd_kernel<T>(const SgdTensors<T>, const SgdStep); \\
+  template __global__ void masked_sgd_kernel<T>(const __grid_constant__ SgdTensors<T>, const SgdStep); \\
   template __global__ void cross_entropy_top1_kernel<T>(const T*, const long long*, long long, int, double*);
 INSTANTIATE(double, double)
 INSTANTIATE_FLOAT(float)
@@ -40,6 +40,7 @@ template __global__ void combine_kernel<0>(float*, const float*, const float*, c
                                            int, int);
 template __global__ void combine_kernel<2>(float*, const float*, const float*, const unsigned char*, long long, int,
                                            int, int);
+}  // namespace lottery
 """
 MEMORY_BOUND = ["masked_sgd_kernel", "combine_kernel", "norm_relu_pool_kernel", "norm_relu_pool_backward_kernel",
                 "bias_relu_kernel"]

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(32 * kLossWarps)
     for (int step = 16; step; step /= 2) total += __shfl_xor_sync(~0u, total, step);
     const long long label = labels[b];
     const bool valid = label >= 0 && label < classes;
-    const double loss = valid ? log(double(total)) + best - float(row[label]) : NAN;
+    const double loss = valid ? double(logf(total)) + best - float(row[label]) : NAN;
     loss_sum += loss;
     square_sum += loss * loss;
     correct += top == label;
