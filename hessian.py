@@ -6,7 +6,8 @@
 
 Train a subnetwork on real data (or take stability.py's end point), draw one batch of training images, and get the
 second derivative of the loss along every weight: convnet3 of width 128, 2.6 CPU-seconds an image (about 170 for a
-batch of 64), where one backward pass a weight takes a day. How: for loss L and the tangents x' that a unit step of weight i causes,
+batch of 64), where one backward pass a weight takes a day. How: for loss L and the tangents x' that a unit step of
+weight i causes,
 
     H_ii = sum over operations of <cotangent at the output, second derivative of the operation [x', x']>,
 
