@@ -1,4 +1,4 @@
-"""The compiled ops against PyTorch, side by side in one run: python tests/bench_ops.py [--device cuda]
+"""The compiled ops against PyTorch, side by side in one run: python tests/bench_ops.py [--device cuda] [--images 200]
 
 Medians of interleaved repetitions; a ratio above 1 means the ops are faster. On a CPU eager PyTorch is measured twice:
 as it is, and with common.keep_freed_memory(), which the scripts switch on for everything and which helps it most.
@@ -98,7 +98,7 @@ def eager_point(model, state, images, labels):
         (logits.argmax(1) == labels[start:start + 500]).sum().item()
 
 
-def bench_points(device, config, name, targets, count=2000, repetitions=2):
+def bench_points(device, config, name, targets, count, repetitions=2):
     states = [common.build_network(config, seed).to(device).state_dict() for seed in (0, 1)]
     line = [(1 - a / 10, a / 10) for a in range(11)]
     split = common.Split(torch.randn(count, 3, 32, 32, device=device), torch.randint(10, (count,), device=device))
@@ -207,7 +207,9 @@ def bench_bandwidth(device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--images", type=int, default=2000, help="evaluated at each of 11 points (2000: minutes)")
+    args = parser.parse_args()
+    device = torch.device(args.device)
     torch.manual_seed(0)
     if not ops.load():
         raise common.UserError("the extension is not built: python setup.py build_ext --inplace")
@@ -218,10 +220,10 @@ def main():
         if kept:
             common.keep_freed_memory()
             print("with common.keep_freed_memory() for both:")
-        bench_points(device, CONVNET3, "convnet3 width 128", (2, 3))
+        bench_points(device, CONVNET3, "convnet3 width 128", (2, 3), args.images)
         steps = bench_step(device, CONVNET3, "convnet3 width 128", 1.5)
         bench_step(device, RESNET18, "ResNet-18", None, repetitions=5)
-    bench_points(device, RESNET18, "ResNet-18", (None, None), count=200)
+    bench_points(device, RESNET18, "ResNet-18", (None, None), args.images)
     bench_curve(*steps)
     if device.type == "cuda":
         bench_bandwidth(device)
