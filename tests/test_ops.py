@@ -405,8 +405,8 @@ def test_points_are_the_fallbacks_and_independent_of_grouping(device, model, nor
     network = small_network(model, norm, device=device)
     mask = {name: torch.rand(w.shape, device=device) < .7 for name, w in common.prunable(network).items()}
     splits = [common.Split(torch.randn(n, 3, 16, 16, device=device), torch.randint(4, (n,), device=device))
-              for n in (600, 7)]
-    line = [(1 - a / 4, a / 4) for a in range(5)] + [(1., 0.)]
+              for n in (505, 7)]
+    line = [(1 - a / 4, a / 4) for a in range(ops.GROUP + 1)]
     scores = ops.evaluate_points(network, states, line, splits, mask)
     for weights, point in zip(line, scores):
         exact = copy.deepcopy(network).double().eval()
@@ -425,7 +425,7 @@ def test_points_are_the_fallbacks_and_independent_of_grouping(device, model, nor
 def test_training_with_and_without_the_ops_agrees(monkeypatch):
     torch.manual_seed(0)
     images, labels = torch.randn(96, 3, 16, 16), torch.randint(4, (96,))
-    split, recipe = common.Split(images, labels), common.Recipe(6, lr=.05, batch_size=32)
+    split, recipe = common.Split(images, labels), common.Recipe(6, lr=.05, batch_size=32, sparse="off")
     results = []
     for ops_of in (lambda: ops, lambda: None):
         monkeypatch.setattr(common, "compiled_ops", ops_of)
@@ -445,7 +445,7 @@ def test_training_with_and_without_the_ops_agrees(monkeypatch):
 def test_the_step_compiled_or_in_bfloat16_trains_alike(option):
     torch.manual_seed(0)
     images, labels = torch.randn(32, 3, 16, 16), torch.randint(4, (32,))
-    recipe, losses = common.Recipe(2, lr=.05, batch_size=32), []
+    recipe, losses = common.Recipe(2, lr=.05, batch_size=32, sparse="off"), []
     for settings in (recipe, recipe._replace(**{option: True})):
         torch.manual_seed(1)
         network = small_network("convnet3", "instance")
