@@ -324,14 +324,14 @@ class Fused(nn.Module):
 def fused(model, mask=None, sparse="auto"):
     """A cheap view of `model`, equal to it within rounding. The model itself never changes.
 
-    With a `mask` its layers meet the surviving weights only (sparse.py): "auto" where that pays, "on", or "off".
+    With a `mask` it meets the surviving weights only (sparse.py): `sparse` "auto" where that pays, "on" or "off".
 
     In every nn.Sequential the run [instance norm, ReLU, AvgPool2d(2)] becomes one op, together with a convolution
     before it, whose bias the norm cancels and which therefore gets no gradient. In eval mode without gradients
     BatchNorm is folded into the convolution before it, in nn.Sequential and in common's ResNets.
     """
     if mask and sparse != "off" and supports(model) and (sparse == "on" or worthwhile(model, mask)):
-        return SparseNetwork(model, mask, sparse, convolve)
+        return SparseNetwork(model, mask)
     parameter = next(model.parameters(), None)
     return Fused(model) if parameter is not None and runs_on(parameter.device.type) else model
 

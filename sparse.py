@@ -1,10 +1,9 @@
 """Training and evaluation whose cost falls with the number of surviving weights, on the CPU.
 
 `SparseNetwork(model, mask)` is a view of a ConvNet3 or ResNet: it shares the parameters and buffers and computes the same
-function, but a layer that is sparse enough meets only its surviving weights, forward and backward, and its norm, ReLU,
-pooling and residual addition happen while the result is in the cache. csrc/cpu/sparse.h describes the layout
-[B, C, H, W, L] in which activations travel between such layers; a layer that is not sparse enough runs in PyTorch on
-[N, C, H, W], with a change of layout where the two kinds meet.
+function, but meets only the surviving weights, forward and backward, and norm, ReLU, pooling and residual addition
+happen while the result of a convolution is in the cache. csrc/cpu/sparse.h describes the layout [B, C, H, W, L] in which
+activations travel between the layers.
 
 Needs the compiled extension: ops.py imports this file when it has loaded it.
 """
@@ -47,10 +46,8 @@ def blocked(x, halo):
 
 
 def unblocked(x):
-    """Blocked -> [N, C, H, W], channels_last as dense layers like it."""
-    if not isinstance(x, Blocked):
-        return x
-    return x.inside().permute(0, 4, 2, 3, 1).flatten(0, 1)[:x.images].movedim(-1, 1)
+    """Blocked -> [N, C, H, W]."""
+    return x.inside().permute(0, 4, 1, 2, 3).flatten(0, 1)[:x.images]
 
 
 #############################################
@@ -95,22 +92,15 @@ def sparse_conv(conv, x, weight, bias=None, gamma=None, beta=None, residual=None
     return Blocked(y, halo, x.images), mean, variance
 
 
-def pays(layer, kept):
-    """Whether a layer of whose weights `kept` survive is faster sparse than dense: crossovers of tests/bench_sparse.py.
-
-    A dense convolution of a few channels leaves most of a processor's lanes idle; one by Winograd's algorithm saves
-    three quarters of the multiplications.
-    """
-    if isinstance(layer, nn.Conv2d) and layer.in_channels <= 4:
-        return True
-    winograd = isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer.stride == (1, 1)
-    return bool(kept.float().mean() < (.18 if winograd else .4))
-
-
 def worthwhile(model, mask):
-    """Whether any convolution after the first gains from being sparse."""
-    convolutions = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)][1:]
-    return any(pays(conv, mask[f"{name}.weight"]) for name, conv in convolutions)
+    """Whether the view is faster than the dense path of ops.py: measured crossovers (tests/bench_sparse.py) in the mean
+    density of the 3x3 convolutions after the first. ConvNet3's is lower, its dense path fuses the norms too.
+
+    One answer for the whole network: a change of layout between two layers costs more than a dense layer gains.
+    """
+    densities = [mask[f"{name}.weight"].float().mean() for name, m in model.named_modules()
+                 if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    return bool(torch.stack(densities)[1:].mean() < (.18 if isinstance(model, common.ConvNet3) else .26))
 
 
 #############################################
@@ -140,44 +130,30 @@ def update_running_statistics(norm, mean, variance, count):
 
 
 class Stage:
-    """Convolution, norm, residual addition, ReLU and pooling: sparse on Blocked activations, or dense on [N, C, H, W]."""
+    """Convolution, norm, residual addition, ReLU and pooling on Blocked activations (the first takes [N, C, H, W])."""
 
-    def __init__(self, conv, norm, mask, convolve, sparse, relu=True, pool=1, halo=HALO):
+    def __init__(self, conv, norm, mask, relu=True, pool=1, halo=HALO):
         self.conv, self.norm, self.mask, self.relu, self.pool, self.halo = conv, norm, mask, relu, pool, halo
-        self.convolve, self.is_sparse = convolve, sparse == "on" or pays(conv, mask)
         self.plans = {}
 
     def __call__(self, x, residual=None):
-        if self.is_sparse:
-            return self.on_blocks(blocked(x, self.conv.padding[0]), residual)
-        y = self.norm(self.convolve(self.conv, unblocked(x), self.conv.weight, self.conv.bias))
-        y = y if residual is None else y + unblocked(residual)
-        y = F.relu(y) if self.relu else y
-        return F.avg_pool2d(y, 2) if self.pool == 2 else y
-
-    def on_blocks(self, x, residual):
-        training = self.norm.training
+        x, training = blocked(x, self.conv.padding[0]), self.norm.training
         plan = plan_for(self.plans, self.mask, x, self.conv.stride[0], self.conv.padding[0])
-        residual = None if residual is None else blocked(residual, self.halo).data
-        y, mean, variance = sparse_conv(plan, x, self.conv.weight, self.conv.bias, residual=residual, relu=self.relu,
-                                        pool=self.pool, halo=self.halo, **norm_arguments(self.norm, training))
+        y, mean, variance = sparse_conv(plan, x, self.conv.weight, self.conv.bias, residual=residual and residual.data,
+                                        relu=self.relu, pool=self.pool, halo=self.halo, **norm_arguments(self.norm, training))
         if training and isinstance(self.norm, nn.BatchNorm2d):
             update_running_statistics(self.norm, mean[0, :, 0], variance, x.images * plan.positions())
         return y
 
 
 class Classifier:
-    """The linear layer, as a 1x1 convolution of one-pixel images when sparse."""
+    """The linear layer, as a 1x1 convolution of one-pixel images; returns [N, classes]."""
 
-    def __init__(self, linear, mask, sparse):
+    def __init__(self, linear, mask):
         self.linear, self.mask = linear, mask[:, :, None, None]
-        self.is_sparse = sparse == "on" or pays(linear, mask)
         self.plans = {}
 
     def __call__(self, x):
-        if not self.is_sparse:
-            return self.linear(unblocked(x).flatten(1))
-        x = blocked(x, 0)
         x = Blocked(x.inside().flatten(1, 3)[:, :, None, None], 0, x.images)
         plan = plan_for(self.plans, self.mask, x, 1, 0)
         y, _, _ = sparse_conv(plan, x, self.linear.weight[:, :, None, None], self.linear.bias, halo=0)
@@ -202,16 +178,12 @@ def residual_block(stage, name, has_shortcut):
 
 def max_pool(x):
     """3x3 / 2 on activations that are not negative, so that the halo's zeros never win."""
-    if not isinstance(x, Blocked):
-        return F.max_pool2d(x, 3, 2, 1)
     b, c, h, w, lanes = x.data.shape
     y = F.max_pool3d(x.data.view(b * c, 1, h, w, lanes), (3, 3, 1), (2, 2, 1))
     return Blocked(F.pad(y, (0, 0) + (HALO,) * 4).view(b, c, *(s + 2 * HALO for s in y.shape[2:4]), lanes), HALO, x.images)
 
 
 def global_average_pool(x):
-    if not isinstance(x, Blocked):
-        return x.mean((2, 3), keepdim=True)
     return Blocked(x.inside().mean((2, 3), keepdim=True), 0, x.images)
 
 
@@ -224,15 +196,13 @@ def supports(model):
 class SparseNetwork:
     """A view of `model` that computes images [N, C, H, W] -> logits [N, classes], sharing its parameters and buffers.
 
-    `mask` says which weights survive; in sparse layers the others are taken as 0 and get gradient 0. `sparse`: "on" for
-    all layers, "auto" for those where it pays; the others compute `convolve(conv, x, weight, bias)`. Without gradients
+    `mask` says which weights survive; the others are taken as 0, whatever they are, and get gradient 0. Without gradients
     the images are taken in chunks that suit the cache.
     """
 
-    def __init__(self, model, mask, sparse="auto", convolve=nn.Conv2d._conv_forward):
+    def __init__(self, model, mask):
         def stage(conv, norm, **options):
-            return Stage(model.get_submodule(conv), model.get_submodule(norm), mask[f"{conv}.weight"], convolve, sparse,
-                         **options)
+            return Stage(model.get_submodule(conv), model.get_submodule(norm), mask[f"{conv}.weight"], **options)
         if isinstance(model, common.ConvNet3):
             self.stages = [stage(f"conv{i}", f"norm{i}", pool=2, halo=0 if i == 3 else HALO) for i in (1, 2, 3)]
         else:
@@ -240,7 +210,7 @@ class SparseNetwork:
             self.stages += [residual_block(stage, name, len(module.shortcut) > 0) for name, module in model.named_children()
                             if isinstance(module, common.BasicBlock)]
             self.stages.append(global_average_pool)
-        self.stages.append(Classifier(model.linear, mask["linear.weight"], sparse))
+        self.stages.append(Classifier(model.linear, mask["linear.weight"]))
         self.model = model
 
     def __call__(self, images):

@@ -119,7 +119,7 @@ def test_network_gradients_and_statistics_are_the_dense_ones(model, norm, size, 
     dense = ticket(model, norm, size)[0].double()
     images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
     network.train(training), dense.train(training)
-    logits, wanted = sparse.SparseNetwork(network, mask, "on")(images), dense(images.double())
+    logits, wanted = sparse.SparseNetwork(network, mask)(images), dense(images.double())
     close(logits, wanted, 1e-5)
     grads = torch.autograd.grad(F.cross_entropy(logits, labels), list(network.parameters()))
     wanted = torch.autograd.grad(F.cross_entropy(wanted, labels), list(dense.parameters()))
@@ -129,16 +129,6 @@ def test_network_gradients_and_statistics_are_the_dense_ones(model, norm, size, 
         close(buffer, expected, 1e-5)
 
 
-def test_sparse_and_dense_layers_mix():
-    network, mask = ticket("resnet10", "batch", 32)
-    for name in mask:
-        if "stage1" in name or "stage3_1.conv2" in name:
-            mask[name][:] = True
-    images = torch.randn(5, 3, 32, 32)
-    view = sparse.SparseNetwork(network.eval(), mask, "auto")
-    close(view(images), network.double()(images.double()), 1e-5)
-
-
 @pytest.mark.parametrize("model, norm", [("convnet3", "instance"), ("resnet10", "batch")])
 def test_bits_do_not_depend_on_threads(model, norm):
     network, mask = ticket(model, norm, 32)
@@ -146,7 +136,7 @@ def test_bits_do_not_depend_on_threads(model, norm):
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            y = sparse.SparseNetwork(network, mask, "on")(images)
+            y = sparse.SparseNetwork(network, mask)(images)
             results.append([y, *torch.autograd.grad(y.square().sum(), [p for p in network.parameters() if p.dim() == 4])])
         finally:
             torch.set_num_threads(1)

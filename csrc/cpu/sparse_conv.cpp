@@ -94,10 +94,6 @@ struct Layout {
   }
 };
 
-struct Saved {
-  Tensor y, z, mean, rstd;
-};
-
 struct SparseConv : torch::CustomClassHolder {
   int64_t stride, padding;
   std::vector<int64_t> weight_sizes;
@@ -230,7 +226,7 @@ struct SparseConv : torch::CustomClassHolder {
   // reading the source again costs little, a part stays in the second-level cache between convolution and norm.
   int64_t parts(int64_t blocks) const {
     const int64_t threads = at::get_num_threads();
-    int64_t n = blocks < 2 * threads ? ceil_div(2 * threads, blocks) : 1;
+    int64_t n = blocks < 2 * threads ? ceil_div(2 * threads, std::max(blocks, int64_t(1))) : 1;
     if (in.channels * in.plane() * int64_t(sizeof(float)) <= kSecondLevelBytes)
       n = std::max(n, ceil_div(out.channels * z_plane * int64_t(sizeof(float)), kSecondLevelBytes));
     return std::min(n, out.channels);

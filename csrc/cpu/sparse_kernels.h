@@ -34,7 +34,8 @@ static void gather_tile(const float* src, int64_t src_row, float* dst, const Gri
   }
 }
 
-// Eight weights' worth of latency hidden: 4 dot products, each in two halves when they share the source vector.
+// ---- weight gradient: four dot products at a time, their lanes added up together ----
+
 static inline vec4 fold(vec a) {
 #if LANES == 16
   return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7) +
