@@ -3,7 +3,7 @@
     python landscape.py --mask masks/r8.pt                                            one subnetwork, 100 x 100 points
     python landscape.py --mask masks_real/r0.pt masks_real/r9.pt masks_distilled/r9.pt    dense, IMP, synthetic (Fig. 5)
     python landscape.py --plot runs/landscape/landscape.npz                           redraw
-    python landscape.py --dataset digits --grid 25                                    offline demonstration, TIME
+    python landscape.py --dataset digits --grid 25                                    offline demonstration
 
 Trains (or takes from --endpoints, where stability.py leaves them) four copies of the subnetwork under four data orders
 and evaluates the training loss on a grid in a plane. Four generic models span three dimensions, so no plane holds all
@@ -235,9 +235,9 @@ def survey(path, planes, grids, scorers, permits, about, earlier=None):
                 draw_surface(pack(scores, done, about, size), path.parent, path.stem)
 
 
-def score_points(model, plane, split, refresh, coefficients):
+def score_points(model, plane, mask, split, refresh, coefficients):
     """Scores [K] of points on `split`; `refresh`, a split, gives BatchNorm's statistics at each. `model` is scratch."""
-    rows = common.evaluate_points(model, plane.states, coefficients.tolist(), [split], refresh=refresh)
+    rows = common.evaluate_points(model, plane.states, coefficients.tolist(), [split], mask, refresh)
     return [row[0] for row in rows]
 
 
@@ -402,20 +402,18 @@ def earlier_scores(path, settings, overwrite):
 
 def train_planes(subnetworks, train, names, args):
     """The plane of each subnetwork through its trained (or found) models."""
-    planes = []
+    planes, seed = [], args.seed or 0
     for path, subnetwork in subnetworks.items():
-        points = [common.endpoint(args.endpoints, path, subnetwork, train, order, args.epochs, args.seed,
-                                  overwrite=args.overwrite) for order in range(args.orders)]
-        stream = common.random_stream(points[0]["seed"], "plane")
-        planes.append(make_plane(args.plane, [point["state"] for point in points], names, stream))
+        states = [common.endpoint(args.endpoints, path, subnetwork, train, order, args.epochs, args.seed,
+                                  overwrite=args.overwrite)["state"] for order in range(args.orders)]
+        planes.append(make_plane(args.plane, states, names, common.random_stream(seed, "plane")))
     return planes
 
 
 def show(path):
-    """Print and draw a finished or unfinished surface, the pictures beside its file."""
-    surface = read_surface(path)
-    draw_surface(surface, path.parent, path.stem)
-    print_surface(surface)
+    """Draw and print a surface, finished or not; the pictures go beside its file."""
+    draw_surface(read_surface(path), path.parent, path.stem)
+    print_surface(read_surface(path))
 
 
 def main():
@@ -439,7 +437,8 @@ def main():
     refresh = common.fixed_subset(train, 1000, "batchnorm") if has_batchnorm and args.bn == "recompute" else None
     split = common.fixed_subset(split, args.eval_images, "evaluate")
     grids = [grid_axes(plane, args.plane, args.grid, names) for plane in planes]
-    scorers = [partial(score_points, model, plane, split, refresh) for plane in planes]
+    scorers = [partial(score_points, model, plane, subnetwork["masks"], split, refresh)
+               for plane, subnetwork in zip(planes, subnetworks.values())]
     permits = [partial(allowed, plane, args.bn, args.extrapolate) for plane in planes]
     survey(path, planes, grids, scorers, permits, about, earlier)
     show(path)

@@ -3,7 +3,7 @@
     python stability.py --mask masks/r8.pt                                           one subnetwork
     python stability.py --mask masks_real/r*.pt --compare masks_distilled            IMP next to synthetic (Figs. 3, 4)
     python stability.py --summary runs/stability                                     Fig. 6, from these results
-    python stability.py --dataset digits                                             offline demonstration, TIME
+    python stability.py --dataset digits                                             offline demonstration, 2 minutes
 
 Train a subnetwork on real data from its initial weights under two data orders, walk the straight line between the two
 trained networks, (1 - alpha) A + alpha B in every parameter and buffer, and see whether the loss rises on the way. For
@@ -261,7 +261,7 @@ def print_spread(results):
     print("\nfamily                       sparsity pairs train loss barrier  test error barrier    test accuracy")
     for (name, percent), group in grouped(results).items():
         columns = over_pairs(group, "barrier_train_loss"), over_pairs(group, "barrier_test_error"), end_accuracy(group)
-        cells = itertools.chain.from_iterable(map(mean_and_std, columns))
+        cells, name = itertools.chain(*map(mean_and_std, columns)), name if percent else f"dense ({name})"
         print("{:<28} {:>7g}% {:>5} {:>9.4f} ± {:.4f} {:>10.2%} ± {:>6.2%} {:>8.2%} ± {:>5.2%}".format(
             name, percent, len(columns[0]), *cells))
 

@@ -1,10 +1,10 @@
-"""Eleven points on the line between two trained networks: stability.py's evaluation against the released code's loop.
+"""Eleven points on the line between two networks: stability.py's evaluation against the released code's loop.
 
-    python tests/bench_stability.py [--images 1000]
+    python tests/bench_stability.py --images 1000
 
-The released loop makes a fresh network and a deep copy of the interpolated state for each alpha, leaves autograd on and
-passes once over the data for each alpha, in batches of 64 in eval mode; here it also gets its batches already in
-memory. Both evaluate the same end points on the same images in one run, taking turns; the fastest of --repeats counts.
+The released loop builds a fresh network and deep-copies a state for each alpha, leaves autograd on and passes over the
+data once per alpha, in eval mode and batches of 64; to its favour the images are in memory here. Both evaluate the same
+points on the same images in one run, taking turns; the fastest of --repeats counts.
 """
 import argparse
 import copy
@@ -20,16 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
 
-def released_loop(config, a, b, coefficients, split, batch_size=64):
-    """One fresh network, deep copy and pass over the data per alpha, autograd on; losses and accuracies."""
+def released_loop(config, states, coefficients, split, batch_size=64):
+    """A fresh network, a deep copy and a pass over the data for each point, autograd on: [(loss, accuracy)]."""
     scores = []
-    for one, other in coefficients:
-        model = common.build_network(config)
-        state = copy.deepcopy(a)
-        for name in state:
-            if state[name].is_floating_point():
-                state[name] = one * a[name] + other * b[name]
-        model.load_state_dict(state)
+    for weights in coefficients:
+        model, point = common.build_network(config), copy.deepcopy(states[0])
+        for name, value in point.items():
+            if value.is_floating_point():
+                point[name] = sum(weight * state[name] for weight, state in zip(weights, states))
+        model.load_state_dict(point)
         model.eval()
         loss, correct = 0., 0
         for start in range(0, len(split), batch_size):
@@ -41,40 +40,42 @@ def released_loop(config, a, b, coefficients, split, batch_size=64):
     return scores
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="convnet3")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--sparsity", type=float, default=0., help="fraction of weights set to 0 at random (0)")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+def compare(args, count, coefficients):
+    """Time both ways on `count` random networks under one mask, check that they agree and print the ratio."""
     config = dict(model=args.model, width=args.width, norm=None, channels=3, image_size=32, num_classes=10)
-    generator = common.random_stream(0)
-    a, b = (common.build_network(config, seed).state_dict() for seed in (1, 2))
-    model = common.build_network(config)
-    mask = {name: torch.rand(w.shape, generator=generator) >= args.sparsity for name, w in common.prunable(model).items()}
-    a, b = (common.combine([state], [1.], mask) for state in (a, b))
+    generator, model = common.random_stream(0), common.build_network(config)
+    mask = {name: torch.rand(weight.shape, generator=generator) >= args.sparsity
+            for name, weight in common.prunable(model).items()}
+    states = [common.combine([common.build_network(config, seed).state_dict()], [1.], mask) for seed in range(count)]
     images = torch.randint(0, 256, (args.images, 3, 32, 32), generator=generator, dtype=torch.uint8)
     split = common.Split(images, torch.randint(0, 10, (args.images,), generator=generator), *common.CIFAR)
-    coefficients = [(1 - alpha, alpha) for alpha in np.linspace(0, 1, 11).tolist()]
-    runs = {"released loop": lambda: released_loop(config, a, b, coefficients, split),
-            "common.evaluate_points": lambda: [row[0][:2] for row in common.evaluate_points(
-                model, [a, b], coefficients, [split], mask)]}
-    results, seconds = {}, {name: [] for name in runs}
+    ways = {"released loop": lambda: released_loop(config, states, coefficients, split),
+            "common.evaluate_points": lambda: [
+                row[0][:2] for row in common.evaluate_points(model, states, coefficients, [split], mask)]}
+    scores, seconds = {}, {name: [] for name in ways}
     for _ in range(args.repeats):
-        for name, run in runs.items():
+        for name, way in ways.items():
             start = time.perf_counter()
-            results[name] = run()
+            scores[name] = np.array(way())
             seconds[name].append(time.perf_counter() - start)
-    theirs, ours = (np.array(result) for result in results.values())
-    assert np.allclose(theirs, ours, rtol=1e-4, atol=1e-3), abs(theirs - ours).max()
-    print(f"{args.model}, 11 alphas, {args.images} images, sparsity {args.sparsity:.0%}, {torch.get_num_threads()} threads, "
-          f"compiled ops: {'yes' if common.compiled_ops() else 'no'}")
-    slowest = min(seconds["released loop"])
+    theirs, ours = scores.values()
+    assert np.allclose(theirs[:, 0], ours[:, 0], rtol=1e-4) and abs(theirs - ours)[:, 1].max() < .01
+    print(f"{args.model}, {args.images} images, sparsity {args.sparsity:.0%}, {torch.get_num_threads()} threads, "
+          f"{'compiled ops' if common.compiled_ops() else 'PyTorch fallback'}")
     for name, times in seconds.items():
-        print(f"{name:<24} {min(times):8.2f} s {11 * args.images / min(times):10.0f} images/s {slowest / min(times):6.2f}x")
+        print(f"{name:<24} {min(times):8.2f} s {len(coefficients) / min(times):8.2f} points/s "
+              f"{min(seconds['released loop']) / min(times):6.2f}x")
+
+
+def parse(doc):
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="convnet3", help="(convnet3)")
+    parser.add_argument("--width", type=int, help="(the model's)")
+    parser.add_argument("--images", type=int, default=1000, help="(1000)")
+    parser.add_argument("--sparsity", type=float, default=0., help="fraction of weights set to 0, at random (0)")
+    parser.add_argument("--repeats", type=int, default=3, help="(3)")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    common.run(main)
+    compare(parse(__doc__), 2, [(1 - alpha, alpha) for alpha in np.linspace(0, 1, 11).tolist()])
