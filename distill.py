@@ -14,6 +14,8 @@ method starts from real images, chosen, made small and tiled; --method says what
     idc      the gradients of real and synthetic images are made equal, in networks on their way through training
              (Kim et al. 2022), as the paper's data was made; the default with CUDA, days on a CPU
 
+For CIFAR-10 on one core, choosing the images takes 45 s and an iteration of dm half a second at ipc 10.
+
 data.pt, for prune.py --distilled, holds [images in [0, 1], labels]; sheet.png shows the same images, a row a class, and
 is read just as well. The same command again goes on where an interrupted run stopped and ends with the same set.
 """
