@@ -338,7 +338,7 @@ def test_evaluation_is_the_mean_cross_entropy_and_its_standard_error():
 
 @pytest.mark.parametrize("model", ["convnet3", "resnet10"])
 def test_points_are_evaluated_like_networks_of_their_own(model):
-    settings, split = config(model, width=4, image_size=8, num_classes=3), blobs()
+    settings, split = config(model, width=8, image_size=8, num_classes=3), blobs()
     networks = [common.build_network(settings, seed) for seed in (0, 1, 2)]
     for seed, network in enumerate(networks):
         common.train(network, blobs(seed=seed), common.Recipe(2), random_stream(seed))
