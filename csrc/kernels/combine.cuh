@@ -8,25 +8,36 @@ namespace lottery {
 
 constexpr int kCombineThreads = 256;
 
+// N parameters of a state, 0 where pruned
+template <int N>
+__device__ inline Pack<float, N> masked(const float* state, const Pack<unsigned char, N>& kept) {
+  Pack<float, N> x = pack<N>(state);
+#pragma unroll
+  for (int j = 0; j < N; ++j) x.v[j] = kept.v[j] ? x.v[j] : 0.f;
+  return x;
+}
+
 // N parameters from i on, for all points of this block's chunk; M > 0: that many states, held in registers
 template <int M, int N>
 __device__ inline void combine_pack(float* points, const float* states, const float* c, const unsigned char* keep,
                                     long long size, int count, int chunk, long long i) {
   Pack<float, N> x[M > 0 ? M : 1];
-  const Pack<unsigned char, N> kept = keep ? pack<N>(keep + i) : Pack<unsigned char, N>{};
+  Pack<unsigned char, N> kept;
 #pragma unroll
-  for (int m = 0; m < M; ++m) x[m] = pack<N>(states + m * size + i);
-  for (int k = 0; k < chunk; ++k) {
+  for (int j = 0; j < N; ++j) kept.v[j] = 1;
+  if (keep) kept = pack<N>(keep + i);
+#pragma unroll
+  for (int m = 0; m < M; ++m) x[m] = masked<N>(states + m * size + i, kept);
+  points += i;
+  for (int k = 0; k < chunk; ++k, points += size) {  // a running pointer: else nvcc splits the store
     Pack<float, N> sum = {};
-#pragma unroll
+#pragma unroll(M > 0 ? M : 1)
     for (int m = 0; m < (M > 0 ? M : count); ++m) {
-      if (M == 0) x[0] = pack<N>(states + m * size + i);
+      if (M == 0) x[0] = masked<N>(states + m * size + i, kept);
 #pragma unroll
       for (int j = 0; j < N; ++j) sum.v[j] += c[k * count + m] * x[M > 0 ? m : 0].v[j];
     }
-#pragma unroll
-    for (int j = 0; j < N; ++j) sum.v[j] = keep && !kept.v[j] ? 0.f : sum.v[j];
-    pack<N>(points + k * size + i) = sum;
+    pack<N>(points) = sum;
   }
 }
 

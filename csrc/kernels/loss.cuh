@@ -10,11 +10,12 @@ constexpr int kLossWarps = 8;
 
 // One warp an image; grid (blocks, K). sums [K, blocks, 3]. A label outside of [0, C) makes the loss NaN.
 template <class T>
-__global__ void __launch_bounds__(32 * kLossWarps)
+__global__ void __launch_bounds__(32 * kLossWarps, 4)
     cross_entropy_top1_kernel(const T* logits, const long long* labels, long long images, int classes, double* sums) {
   __shared__ double shared[kLossWarps][3];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  double loss_sum = 0, square_sum = 0, correct = 0;
+  double loss_sum = 0, square_sum = 0;
+  int correct = 0;
   for (long long b = (long long)blockIdx.x * kLossWarps + warp; b < images; b += (long long)gridDim.x * kLossWarps) {
     const T* row = logits + (blockIdx.y * images + b) * classes;
     float best = -INFINITY;
