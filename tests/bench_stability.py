@@ -78,4 +78,5 @@ def parse(doc):
 
 
 if __name__ == "__main__":
-    compare(parse(__doc__), 2, [(1 - alpha, alpha) for alpha in np.linspace(0, 1, 11).tolist()])
+    line = [(1 - alpha, alpha) for alpha in np.linspace(0, 1, 11).tolist()]
+    common.run(lambda: compare(parse(__doc__), 2, line))
