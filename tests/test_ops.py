@@ -463,8 +463,9 @@ def test_the_step_compiled_or_in_bfloat16_trains_alike(option):
 
 def load_in_a_new_process(folder=ROOT, **environment):
     """(returned value or error, lines on stderr) of ops.load() called twice."""
+    hidden = "" if folder == ROOT else f"import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]\n"
     program = "import ops, common\ntry: print(ops.load() and ops.load())\nexcept common.UserError as e: print(e)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, "-c", hidden + program], cwd=folder, capture_output=True, text=True, timeout=120,
                           env=os.environ | {"PYTHONPATH": str(folder)} | environment)
     return done.stdout.strip(), [line for line in done.stderr.splitlines() if line.startswith("csrc:")]
 
@@ -486,7 +487,7 @@ def bare_checkout(tmp_path):
 
 def fallback_reason(folder, **environment):
     value, lines = load_in_a_new_process(folder, TORCH_EXTENSIONS_DIR=str(folder / "cache"), **environment)
-    if lines and "not compiled" not in lines[-1]:
+    if value == "True":
         pytest.skip("an extension is installed, and found first")
     return value, lines
 
