@@ -465,8 +465,8 @@ def load_in_a_new_process(folder=ROOT, **environment):
     """(returned value or error, lines on stderr) of ops.load() called twice."""
     hidden = "" if folder == ROOT else f"import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]\n"
     program = "import ops, common\ntry: print(ops.load() and ops.load())\nexcept common.UserError as e: print(e)"
-    done = subprocess.run([sys.executable, "-c", hidden + program], cwd=folder, capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": str(folder)} | environment)
+    done = subprocess.run([sys.executable, "-c", hidden + program], cwd=folder, capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"PYTHONPATH": str(folder)} | environment)
     return done.stdout.strip(), [line for line in done.stderr.splitlines() if line.startswith("csrc:")]
 
 
