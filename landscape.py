@@ -127,13 +127,14 @@ def random_direction(state, names, stream):
     return direction
 
 
-def grid_axes(plane, kind, size, names):
-    """Coordinates xs [size], ys [size] of a square around the models; for random planes of a direction's own length."""
-    centre = (plane.models.max(0) + plane.models.min(0)) / 2
-    half = (.5 + MARGIN) * (plane.models.max(0) - plane.models.min(0)).max()
+def square_grids(planes, kind, size, names):
+    """(xs [size], ys [size]) for each plane: squares of one side for all; random ones reach the network's norm far."""
+    centres = [(plane.models.max(0) + plane.models.min(0)) / 2 for plane in planes]
+    half = (.5 + MARGIN) * max((plane.models.max(0) - plane.models.min(0)).max() for plane in planes)
     if kind == "random":
-        centre, half = plane.models[0], math.sqrt(gram(plane.states[1:2], names)[0, 0])
-    return [centre[k] + np.linspace(-half, half, size) for k in (0, 1)]
+        centres = [plane.models[0] for plane in planes]
+        half = max(math.sqrt(gram(plane.states[-1:], names)[0, 0]) for plane in planes)
+    return [[centre[k] + np.linspace(-half, half, size) for k in (0, 1)] for centre in centres]
 
 
 #############################################
@@ -402,11 +403,11 @@ def earlier_scores(path, settings, overwrite):
 
 def train_planes(subnetworks, train, names, args):
     """The plane of each subnetwork through its trained (or found) models."""
-    planes, seed = [], args.seed or 0
+    planes = []
     for path, subnetwork in subnetworks.items():
         states = [common.endpoint(args.endpoints, path, subnetwork, train, order, args.epochs, args.seed,
                                   overwrite=args.overwrite)["state"] for order in range(args.orders)]
-        planes.append(make_plane(args.plane, states, names, common.random_stream(seed, "plane")))
+        planes.append(make_plane(args.plane, states, names, common.random_stream(args.seed or 0, "plane")))
     return planes
 
 
@@ -429,20 +430,18 @@ def main():
     names = [name for name, _ in model.named_parameters()]
     planes = train_planes(subnetworks, train, names, args)
     about = {key: np.array([getattr(plane, key) for plane in planes]) for key in ("models", "residuals", "explained")}
-    about["labels"] = np.array([common.label(subnetwork) for subnetwork in subnetworks.values()])
-    about["settings"] = np.array(json.dumps(settings))
+    about |= {"labels": [common.label(one) for one in subnetworks.values()], "settings": json.dumps(settings)}
     if args.basis:
         about["basis"] = np.stack([plane.axes @ vectors(plane.states, names).cpu().numpy() for plane in planes])
     has_batchnorm = any(name.endswith("running_var") for name in model.state_dict())
     refresh = common.fixed_subset(train, 1000, "batchnorm") if has_batchnorm and args.bn == "recompute" else None
     split = common.fixed_subset(split, args.eval_images, "evaluate")
-    grids = [grid_axes(plane, args.plane, args.grid, names) for plane in planes]
     scorers = [partial(score_points, model, plane, subnetwork["masks"], split, refresh)
                for plane, subnetwork in zip(planes, subnetworks.values())]
     permits = [partial(allowed, plane, args.bn, args.extrapolate) for plane in planes]
-    survey(path, planes, grids, scorers, permits, about, earlier)
+    survey(path, planes, square_grids(planes, args.plane, args.grid, names), scorers, permits, about, earlier)
     show(path)
-    print(f"written: {path} and pictures beside it")
+    print(f"written: {path} and pictures")
 
 
 if __name__ == "__main__":

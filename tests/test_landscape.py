@@ -129,7 +129,7 @@ def no_pictures(monkeypatch):
 
 def toy_survey(path, score, size=9, earlier=None):
     plane = landscape.make_plane("three", toy_states(), ["w", "b"])
-    grid = landscape.grid_axes(plane, "three", size, ["w", "b"])
+    [grid] = landscape.square_grids([plane], "three", size, ["w", "b"])
     about = {"labels": np.array(["toy"]), "settings": np.array(json.dumps({"on": "real", "num_classes": 10}))}
     about |= {key: np.array([getattr(plane, key)]) for key in ("models", "residuals", "explained")}
     landscape.survey(path, [plane], [grid], [partial(score, plane)], [everywhere], about, earlier)
