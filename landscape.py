@@ -322,6 +322,7 @@ def draw_surface(surface, out, name):
         relief.set(zlim=np.log10([lowest, cap]), title=surface["labels"][s])
         relief.set_zticks(np.log10(ticks), [f"{tick:.3g}" for tick in ticks])
         relief.view_init(elev=38, azim=-60)
+        relief.tick_params(labelsize=7)
     flat.colorbar(filled, ax=list(plans), shrink=.8, label=label, ticks=ticks, format="%.3g")
     bar = solid.colorbar(sheet, ax=list(reliefs), shrink=.6, pad=.04, label=label, ticks=np.log10(ticks))
     bar.ax.set_yticklabels([f"{tick:.3g}" for tick in ticks])
