@@ -35,6 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import splits
 from common import UserError, positive, random_stream
 
 SETTINGS = {  # of the methods; idc: Kim et al.'s for CIFAR
@@ -55,7 +56,7 @@ DEFAULTS = dict(model="convnet3", width=None, norm="instance", real_images=64, s
 
 def encode_tiles(images, factor):
     """images [ipc * factor**2, C, H, W] of one class, made small, as the tiles of [ipc, C, H, W]. In the order of
-    common.decode_tiles, whose inverse this is up to the loss of resolution."""
+    splits.decode_tiles, whose inverse this is up to the loss of resolution."""
     size = images.shape[-1]
     tile = math.ceil(size / factor)
     tiles = F.interpolate(images, size=(tile, tile), mode="bilinear", antialias=True, align_corners=False)
@@ -112,7 +113,7 @@ def herd(embeddings, count):
 def decode(images, real, factor):
     """What a network sees of the stored images [ipc, C, H, W] of one class: [ipc * factor**2, C, H, W], normalised."""
     mean, std = (images.new_tensor(v).view(-1, 1, 1) for v in (real.mean, real.std))
-    tiles, _ = common.decode_tiles(images, torch.zeros(len(images), dtype=torch.long), factor)
+    tiles, _ = splits.decode_tiles(images, torch.zeros(len(images), dtype=torch.long), factor)
     return (tiles - mean) / std
 
 
@@ -402,7 +403,7 @@ def main():
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.method = args.method or ("idc" if device.type == "cuda" else "dm")
     config = {"dataset": args.dataset, "ipc": args.ipc, "method": args.method, "seed": args.seed}
-    real, test = common.load_real(config, args.data_dir, device)
+    real, test = splits.load_real(config, args.data_dir, device)
     large = config["image_size"] > 64
     config |= {"augment": "imagenet", "cutmix": 1.} if large else {"augment": "dsa", "cutmix": .5}
     config |= settings(args, config["image_size"])
@@ -417,8 +418,8 @@ def main():
         common.save(out / "config.json", result)
     if not args.repeats:
         return
-    dataset = common.Dataset(*(config[key] for key in ("channels", "image_size", "num_classes")), real.mean, real.std)
-    distilled = common.load_distilled(path, dataset, args.ipc, args.factor, device)
+    dataset = splits.Dataset(*(config[key] for key in ("channels", "image_size", "num_classes")), real.mean, real.std)
+    distilled = splits.load_distilled(path, dataset, args.ipc, args.factor, device)
     epochs = args.epochs or (1000 if device.type == "cuda" else min(1000, max(1, 60_000 // len(distilled))))
     recipe = common.recipe_of(config, epochs)
     config["width"] = args.eval_width

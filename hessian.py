@@ -30,6 +30,7 @@ from torch import fx, nn
 from tqdm import tqdm
 
 import common
+import endpoints
 from common import UserError, mean_and_std, random_stream
 
 FORMAT = "lottery-hessian-1"
@@ -556,11 +557,11 @@ def check_batchnorm(model):
 
 def analyse(path, subnetwork, train, settings, args):
     """The result of one mask, from --out when it is there already, else computed and saved."""
-    file = common.result_path(args.out, path, ".pt")
+    file = endpoints.result_path(args.out, path, ".pt")
     if file.exists() and (earlier := common.load(file)).get("settings") == settings:
         return earlier
     masks, dtype, seed = subnetwork["masks"], getattr(torch, args.dtype), settings["batch_seed"]
-    trained = common.endpoint(args.endpoints, path, subnetwork, train, 0, args.epochs, args.seed,
+    trained = endpoints.endpoint(args.endpoints, path, subnetwork, train, 0, args.epochs, args.seed,
                               overwrite=args.overwrite)
     model = common.build_network(subnetwork["config"]).to(train.labels.device)
     model.load_state_dict(trained["state"])
@@ -674,7 +675,7 @@ def draw_histograms(results, path):
 
 def parse(argv=None):
     parser = common.Parser(__doc__)
-    common.subnetwork_flags(parser)
+    endpoints.subnetwork_flags(parser)
     group = parser.add_argument_group("Hessian diagonal")
     group.add_argument("--batch", type=common.positive, default=64, help="training images in a batch (64)")
     group.add_argument("--batches", type=common.positive, default=1, help="batches: means, and their spread (1)")
@@ -697,7 +698,7 @@ def parse(argv=None):
 def settings_of(args, subnetwork, train):
     """All that a result depends on; a result with equal settings is not computed again."""
     config = subnetwork["config"]
-    return {"mask_sha": common.fingerprint(subnetwork), "images": len(train),
+    return {"mask_sha": endpoints.fingerprint(subnetwork), "images": len(train),
             "seed": config["seed"] if args.seed is None else args.seed, "batch_seed": args.seed or 0,
             **common.recipe_of(config, args.epochs or config["eval_epochs"])._asdict(),
             **{key: getattr(args, key) for key in ("batch", "batches", "method", "weights", "probes", "dtype")}}
@@ -706,7 +707,7 @@ def settings_of(args, subnetwork, train):
 def main():
     args = parse()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    subnetworks, train, _ = common.load_subnetworks(args.mask, args)
+    subnetworks, train, _ = endpoints.load_subnetworks(args.mask, args)
     if args.batch * args.batches > len(train):
         raise UserError(f"--batch {args.batch} x --batches {args.batches}: more than the {len(train)} training images")
     model = common.build_network(next(iter(subnetworks.values()))["config"]).eval()

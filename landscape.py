@@ -32,6 +32,8 @@ import torch
 from tqdm import tqdm
 
 import common
+import splits
+import endpoints
 from common import UserError, at_least
 
 FORMAT = "lottery-landscape-1"
@@ -349,9 +351,10 @@ def mark_models(axes, models, residuals, extent):
 
 def parse(argv=None):
     parser = common.Parser(__doc__)
-    common.subnetwork_flags(parser)
+    endpoints.subnetwork_flags(parser)
     plane = parser.add_argument_group("the plane")
-    plane.add_argument("--plane", choices=("three", "pca", "paper", "random"), default="three", help="see above (three)")
+    plane.add_argument("--plane", choices=("three", "pca", "paper", "random"), default="three",
+                       help="see above (three)")
     plane.add_argument("--orders", type=at_least(1), default=4, help="models, one for each data order (4)")
     plane.add_argument("--grid", type=at_least(9), default=100, help="points along a side (100)")
     plane.add_argument("--on", choices=("real", "test", "distilled"), default="real",
@@ -360,9 +363,11 @@ def parse(argv=None):
     plane.add_argument("--bn", choices=("recompute", "lerp"), default="recompute",
                        help="BatchNorm statistics: at each point those of 1,000 training images, or interpolated, "
                             "points outside the convex hull of the models left blank (recompute)")
-    plane.add_argument("--extrapolate", action="store_true", help="--bn lerp beyond it; blank if a variance is negative")
+    plane.add_argument("--extrapolate", action="store_true",
+                       help="--bn lerp beyond it; blank if a variance is negative")
     output = parser.add_argument_group("output")
-    output.add_argument("--endpoints", type=Path, default=Path("runs/stability"), help="trained models (runs/stability)")
+    output.add_argument("--endpoints", type=Path, default=Path("runs/stability"),
+                        help="trained models (runs/stability)")
     output.add_argument("--out", type=Path, default=Path("runs/landscape"), help="folder of results (runs/landscape)")
     output.add_argument("--overwrite", action="store_true", help="replace another surface and other end points")
     output.add_argument("--basis", action="store_true", help="store the plane's two directions in the npz too")
@@ -374,10 +379,10 @@ def distilled_split(subnetworks, train):
     """The distilled set that the first synthetic mask was found on, or the embedded one. Raises UserError."""
     configs = [subnetwork["config"] for subnetwork in subnetworks.values()]
     config = next((config for config in configs if config["data"] == "distilled"), configs[0])
-    shape = common.Dataset(config["channels"], config["image_size"], config["num_classes"], train.mean, train.std)
+    shape = splits.Dataset(config["channels"], config["image_size"], config["num_classes"], train.mean, train.std)
     ipc = config.get("ipc", 10)
-    path = config.get("distilled") or common.embedded_distilled(config["dataset"], ipc)
-    return common.load_distilled(path, shape, ipc, config.get("factor"), train.labels.device)
+    path = config.get("distilled") or splits.embedded_distilled(config["dataset"], ipc)
+    return splits.load_distilled(path, shape, ipc, config.get("factor"), train.labels.device)
 
 
 def settings_of(args, subnetworks):
@@ -386,7 +391,7 @@ def settings_of(args, subnetworks):
         raise UserError(f"--orders {args.orders}: --plane {args.plane} needs {MODELS_NEEDED[args.plane]} models")
     flags = ("plane", "orders", "grid", "on", "eval_images", "bn", "extrapolate", "seed")
     configs = [subnetwork["config"] for subnetwork in subnetworks.values()]
-    masks = [[common.fingerprint(subnetwork), config["seed"],
+    masks = [[endpoints.fingerprint(subnetwork), config["seed"],
               *common.recipe_of(config, args.epochs or config["eval_epochs"])]
              for subnetwork, config in zip(subnetworks.values(), configs)]
     return {key: getattr(args, key) for key in flags} | {"num_classes": configs[0]["num_classes"], "masks": masks}
@@ -406,7 +411,7 @@ def train_planes(subnetworks, train, names, args):
     """The plane of each subnetwork through its trained (or found) models."""
     planes = []
     for path, subnetwork in subnetworks.items():
-        states = [common.endpoint(args.endpoints, path, subnetwork, train, order, args.epochs, args.seed,
+        states = [endpoints.endpoint(args.endpoints, path, subnetwork, train, order, args.epochs, args.seed,
                                   overwrite=args.overwrite)["state"] for order in range(args.orders)]
         planes.append(make_plane(args.plane, states, names, common.random_stream(args.seed or 0, "plane")))
     return planes
@@ -422,7 +427,7 @@ def main():
     args = parse()
     if args.plot:
         return show(args.plot)
-    subnetworks, train, test = common.load_subnetworks(args.mask, args)
+    subnetworks, train, test = endpoints.load_subnetworks(args.mask, args)
     settings = settings_of(args, subnetworks)
     path = args.out / ("landscape.npz" if args.on == "real" else f"landscape_{args.on}.npz")
     earlier = earlier_scores(path, settings, args.overwrite) if path.exists() else None
@@ -435,8 +440,8 @@ def main():
     if args.basis:
         about["basis"] = np.stack([plane.axes @ vectors(plane.states, names).cpu().numpy() for plane in planes])
     has_batchnorm = any(name.endswith("running_var") for name in model.state_dict())
-    refresh = common.fixed_subset(train, 1000, "batchnorm") if has_batchnorm and args.bn == "recompute" else None
-    split = common.fixed_subset(split, args.eval_images, "evaluate")
+    refresh = splits.fixed_subset(train, 1000, "batchnorm") if has_batchnorm and args.bn == "recompute" else None
+    split = splits.fixed_subset(split, args.eval_images, "evaluate")
     scorers = [partial(score_points, model, plane, subnetwork["masks"], split, refresh)
                for plane, subnetwork in zip(planes, subnetworks.values())]
     permits = [partial(allowed, plane, args.bn, args.extrapolate) for plane in planes]

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import splits
 from common import UserError, at_least, positive, prunable, random_stream
 
 PRESETS = {
@@ -201,8 +202,8 @@ def print_table(rows):
     for row in rows:
         loss, *percent = (format(row[key], style) if row[key] != "" else "" for key, style in (
             ("train_loss", ".3f"), ("train_accuracy", ".2%"), ("test_accuracy", ".2%")))
-        print(form.format(row["round"], f"{row['sparsity']:.2%}", f"{row['remaining']:,}", f"{row['training_points']:,}",
-                          loss, *percent))
+        print(form.format(row["round"], f"{row['sparsity']:.2%}", f"{row['remaining']:,}",
+                          f"{row['training_points']:,}", loss, *percent))
 
 
 def prepare_folder(out, config, overwrite):
@@ -381,7 +382,7 @@ def parse(argv=None):
     parser = common.Parser(__doc__)
     flag = parser.add_argument_group("data").add_argument
     flag("--data", choices=("distilled", "real", "subset", "random"), default="distilled", help="pruned on (distilled)")
-    flag("--dataset", help=f"{', '.join(common.DATASETS)}, or a folder with {{train,test}}.npz or "
+    flag("--dataset", help=f"{', '.join(splits.DATASETS)}, or a folder with {{train,test}}.npz or "
                            "{train,val}/<class>/ images (cifar10)")
     flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
     flag("--image-size", type=positive, help="side in pixels of images in class folders (the dataset's)")
@@ -449,8 +450,8 @@ def settings(args, preset):
 
 def load_data(config, data_dir, device, needs_real):
     """(distilled split or None, real (train, test) or None); fills in the config's image shape and augmentation."""
-    known = common.DATASETS.get(config["dataset"])
-    real = common.load_real(config, data_dir, device) if needs_real or not known else None
+    known = splits.DATASETS.get(config["dataset"])
+    real = splits.load_real(config, data_dir, device) if needs_real or not known else None
     if not real:
         config |= {key: getattr(known, key) for key in ("channels", "num_classes", "flip")}
         config["image_size"] = config["image_size"] or known.image_size
@@ -459,15 +460,15 @@ def load_data(config, data_dir, device, needs_real):
     config["cutmix"] = (1. if large else .5) if config["cutmix"] is None else config["cutmix"]
     if config["data"] != "distilled":
         return None, real
-    path = config["distilled"] or common.embedded_distilled(config["dataset"], config["ipc"])
+    path = config["distilled"] or splits.embedded_distilled(config["dataset"], config["ipc"])
     statistics = (real[0].mean, real[0].std) if real else (known.mean, known.std)
-    shape = common.Dataset(config["channels"], config["image_size"], config["num_classes"], *statistics)
-    return common.load_distilled(path, shape, config["ipc"], config["factor"], device), real
+    shape = splits.Dataset(config["channels"], config["image_size"], config["num_classes"], *statistics)
+    return splits.load_distilled(path, shape, config["ipc"], config["factor"], device), real
 
 
 def fill_in_epochs(config, preset, distilled, real):
     """The preset's epochs where no flag names them: the paper's, or as many as show QUICK_IMAGES images."""
-    trained = len(real[0]) if real else common.DATASETS[config["dataset"]].train_size
+    trained = len(real[0]) if real else splits.DATASETS[config["dataset"]].train_size
     trained = min(config["train_images"] or trained, trained)
     subset = config["ipc"] * config["num_classes"]
     searched = {"distilled": len(distilled or ()), "real": trained}.get(config["data"], subset)

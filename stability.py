@@ -27,6 +27,8 @@ import torch
 from tqdm import tqdm
 
 import common
+import splits
+import endpoints
 from common import UserError, at_least, mean_and_std
 
 FORMAT = "lottery-stability-1"
@@ -184,18 +186,18 @@ def measure(path, subnetwork, train, test, settings, out, overwrite=False):
     config, pairs = subnetwork["config"], []
     model = common.build_network(config).to(train.labels.device)
     groups = permutation_groups(model) if settings["align"] else None
-    states = [common.endpoint(out, path, subnetwork, train, order, settings["epochs"], settings["seed"],
+    states = [endpoints.endpoint(out, path, subnetwork, train, order, settings["epochs"], settings["seed"],
                               settings["from_epoch"], overwrite)["state"] for order in range(settings["orders"])]
-    file = common.result_path(out, path, "_aligned.json" if settings["align"] else ".json")
+    file = endpoints.result_path(out, path, "_aligned.json" if settings["align"] else ".json")
     if file.exists() and (earlier := common.load(file)).get("settings") == settings:
         return earlier
-    splits = [common.fixed_subset(split, settings["eval_images"], "evaluate") for split in (train, test)]
-    refresh = common.fixed_subset(train, 2000, "batchnorm") if settings["bn"] == "recompute" else None
+    evaluated = [splits.fixed_subset(split, settings["eval_images"], "evaluate") for split in (train, test)]
+    refresh = splits.fixed_subset(train, 2000, "batchnorm") if settings["bn"] == "recompute" else None
     for (i, a), (j, b) in itertools.combinations(enumerate(states), 2):
         mask = subnetwork["masks"]
         if groups:
             b, mask = match_weights(a, b, groups, common.random_stream(settings["seed"], "align", i, j)), None
-        pair = walk(model, a, b, splits, settings["points"], mask, refresh)
+        pair = walk(model, a, b, evaluated, settings["points"], mask, refresh)
         pairs.append({"orders": f"{i}-{j}"} | pair | barriers(pair))
     result = name_of(path, subnetwork, settings) | dict(format=FORMAT, settings=settings, config=config, pairs=pairs)
     common.save(file, result)
@@ -216,7 +218,7 @@ def settings_of(args, subnetwork, train):
         raise UserError(f"--from-epoch {args.from_epoch}: must be less than the {epochs} epochs of training")
     chosen = {key: getattr(args, key) for key in ("orders", "points", "from_epoch", "bn", "align", "eval_images")}
     return {"model": config["model"], "dataset": config["dataset"], "images": len(train), "seed": seed,
-            "mask_sha": common.fingerprint(subnetwork), **common.recipe_of(config, epochs)._asdict(), **chosen}
+            "mask_sha": endpoints.fingerprint(subnetwork), **common.recipe_of(config, epochs)._asdict(), **chosen}
 
 
 #############################################
@@ -291,7 +293,7 @@ COLOURS, MARKERS = ("#1f4e8c", "#e08214", "#4d9221", "#c51b7d"), ("o", "s", "^",
 
 
 def draw_lines(results, highlight, path):
-    """Figs. 3 and 4, left: loss and error along alpha, highlighted rounds thick; bands are ± one standard deviation."""
+    """Figs. 3 and 4, left: loss and error along alpha, highlighted rounds thick; bands: ± one standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.8), layout="constrained")
@@ -396,7 +398,7 @@ def draw_summary(rows, path):
 
 def parse(argv=None):
     parser = common.Parser(__doc__)
-    common.subnetwork_flags(parser)
+    endpoints.subnetwork_flags(parser)
     line = parser.add_argument_group("the line")
     line.add_argument("--compare", nargs="+", default=[], metavar="FILE", help="masks of a second family, or folder")
     line.add_argument("--orders", type=at_least(2), default=2, help="data orders; every pair is measured (2)")
@@ -429,7 +431,7 @@ def main():
     args = parse()
     if args.summary:
         return summarise(args.summary, args.out)
-    subnetworks, train, test = common.load_subnetworks(args.mask + args.compare, args)
+    subnetworks, train, test = endpoints.load_subnetworks(args.mask + args.compare, args)
     jobs = [(path, subnetwork, settings_of(args, subnetwork, train)) for path, subnetwork in subnetworks.items()]
     results = []
     for path, subnetwork, settings in jobs:

@@ -61,9 +61,10 @@ def theirs(network, split, epochs):
 def round_of(way, width, epochs):
     """Seconds of one round and the process's peak memory in MiB."""
     import common
+    import splits
 
     common.keep_freed_memory() if way == "ours" else None
-    split = common.load_distilled(common.embedded_distilled("cifar10", 10), common.DATASETS["cifar10"], 10)
+    split = splits.load_distilled(splits.embedded_distilled("cifar10", 10), splits.DATASETS["cifar10"], 10)
     network = common.build_network(dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=width))
     {"ours": ours, "theirs": theirs}[way](network, split, 1)  # warm-up, compiles on first use
     began = time.perf_counter()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
+import splits  # noqa: E402
 import ops  # noqa: E402
 import sparse  # noqa: E402
 
@@ -68,7 +69,7 @@ def trained(args, name):
     """A network trained for a few steps, and its config."""
     config = dict(model=name, dataset="cifar10", width=128 if name == "convnet3" else None, norm=None,
                   channels=3, image_size=32, num_classes=10, train_images=BATCH * args.steps)
-    train, _ = common.load_real(config, args.data_dir)
+    train, _ = splits.load_real(config, args.data_dir)
     model = common.build_network(config)
     common.train(model, train, common.Recipe(1), common.random_stream(0))
     return model, config

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
+import splits  # noqa: E402
 
 
 def released_loop(config, states, coefficients, split, batch_size=64):
@@ -49,7 +50,7 @@ def compare(args, count, coefficients):
             for name, weight in common.prunable(model).items()}
     states = [common.combine([common.build_network(config, seed).state_dict()], [1.], mask) for seed in range(count)]
     images = torch.randint(0, 256, (args.images, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    split = common.Split(images, torch.randint(0, 10, (args.images,), generator=generator), *common.CIFAR)
+    split = common.Split(images, torch.randint(0, 10, (args.images,), generator=generator), *splits.CIFAR)
     ways = {"released loop": lambda: released_loop(config, states, coefficients, split),
             "released loop, our malloc": lambda: released_loop(config, states, coefficients, split),
             "common.evaluate_points": lambda: [

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
-from common import DATASETS, UserError, random_stream
+import splits
+from common import UserError, random_stream
+from splits import DATASETS
 
 CIFAR = DATASETS["cifar10"]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -83,25 +85,25 @@ def test_npz_class_folders_and_subset(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(images[i]).save(folder / f"{i}.png")
     settings = dict(dataset=str(tmp_path), train_images=10)
-    train, test = common.load_real(settings, "unused")
+    train, test = splits.load_real(settings, "unused")
     assert (len(train), len(test)) == (10, 40) and settings["num_classes"] == 4 and settings["image_size"] == 8
     assert torch.equal(test.images[3], torch.from_numpy(images[3]).permute(2, 0, 1))
     batch = test.batch(slice(0, None))[0]
     assert batch.mean((0, 2, 3)).abs().max() < 1e-3 and (batch.std((0, 2, 3)) - 1).abs().max() < 1e-3
-    train, _ = common.load_real(dict(dataset=str(tmp_path / "folders"), image_size=8), "unused")
+    train, _ = splits.load_real(dict(dataset=str(tmp_path / "folders"), image_size=8), "unused")
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert torch.equal(train.images[1], torch.from_numpy(images[4]).permute(2, 0, 1))
 
 
 def test_pictures_of_any_size_are_resized_and_cut():
     picture = Image.fromarray(np.tile(np.arange(60, dtype=np.uint8), (30, 1)))  # 60 wide, 30 high
-    assert common.fit(picture, 16).size == (16, 16)
-    assert abs(np.asarray(common.fit(picture, 30)).mean() - 29.5) < 1  # the centre, not a squeezed whole
+    assert splits.fit(picture, 16).size == (16, 16)
+    assert abs(np.asarray(splits.fit(picture, 30)).mean() - 29.5) < 1  # the centre, not a squeezed whole
 
 
 def test_digits_are_embedded():
     settings = dict(dataset="digits")
-    train, test = common.load_real(settings, "no-such-folder")
+    train, test = splits.load_real(settings, "no-such-folder")
     assert (len(train), len(test), train.images.shape[1:]) == (1437, 360, (1, 8, 8))
     assert settings["num_classes"] == 10 and torch.bincount(test.labels).tolist() == [36] * 10
 
@@ -111,7 +113,7 @@ def test_damaged_npz_is_named(tmp_path, content):
     for part in ("train", "test"):
         (tmp_path / f"{part}.npz").write_bytes(content)
     with pytest.raises(UserError, match="train.npz"):
-        common.load_real(dict(dataset=str(tmp_path)), "unused")
+        splits.load_real(dict(dataset=str(tmp_path)), "unused")
 
 
 # ---------------------------------------------------------------- distilled data
@@ -135,7 +137,7 @@ def test_distilled_formats_are_told_apart(tmp_path, stored):
     torch.save(normalised(images), tmp_path / "images_best.pt")
     torch.save(labels, tmp_path / "labels_best.pt")
     for name in ("data.pt", "res_DC.pt", "kip.pt", "images_best.pt"):
-        split = common.load_distilled(tmp_path / name, CIFAR, ipc=3)
+        split = splits.load_distilled(tmp_path / name, CIFAR, ipc=3)
         assert torch.allclose(split.images, normalised(images), atol=1e-5) and torch.equal(split.labels, labels), name
 
 
@@ -148,7 +150,7 @@ def test_distilled_class_folders_and_contact_sheet(tmp_path, stored):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).convert("RGBA").save(folder / f"{i:02}.png")
     for path in (tmp_path / "sheet.png", tmp_path / "set"):
-        assert torch.allclose(common.load_distilled(path, CIFAR, 3).images, normalised(images / 255), atol=1e-5), path
+        assert torch.allclose(splits.load_distilled(path, CIFAR, 3).images, normalised(images / 255), atol=1e-5), path
 
 
 def test_tiles_are_cut_row_by_row_and_resized():
@@ -156,14 +158,14 @@ def test_tiles_are_cut_row_by_row_and_resized():
     image = torch.empty(1, 1, 8, 8)
     for k, value in enumerate(tiles):
         image[:, :, k // 2 * 4:k // 2 * 4 + 4, k % 2 * 4:k % 2 * 4 + 4] = value
-    decoded, labels = common.decode_tiles(torch.cat([image, 10 * image]), torch.tensor([0, 1]), 2)
+    decoded, labels = splits.decode_tiles(torch.cat([image, 10 * image]), torch.tensor([0, 1]), 2)
     assert decoded.shape == (8, 1, 8, 8) and labels.tolist() == [0] * 4 + [1] * 4
     assert torch.allclose(decoded[:, 0].flatten(1).mean(1), torch.cat([tiles, 10 * tiles]))
     assert decoded[0].std() == 0
 
 
 def test_tiles_of_a_size_that_does_not_divide_are_padded_with_grey():
-    decoded, _ = common.decode_tiles(torch.zeros(1, 1, 8, 8), torch.tensor([0]), 3)  # tiles of ceil(8/3) = 3 pixels
+    decoded, _ = splits.decode_tiles(torch.zeros(1, 1, 8, 8), torch.tensor([0]), 3)  # tiles of ceil(8/3) = 3 pixels
     expected = torch.zeros(9, 9)
     expected[8:], expected[:, 8:] = .5, .5
     last = F.interpolate(expected[None, None, 6:, 6:], size=(8, 8), mode="bilinear", align_corners=False)
@@ -176,12 +178,12 @@ def test_tiles_of_a_size_that_does_not_divide_are_padded_with_grey():
 def test_wrong_distilled_sets_are_named(tmp_path, stored, change, message):
     torch.save(change(*stored), tmp_path / "data.pt")
     with pytest.raises(UserError, match=message):
-        common.load_distilled(tmp_path / "data.pt", CIFAR, 3)
+        splits.load_distilled(tmp_path / "data.pt", CIFAR, 3)
 
 
 def test_whitened_set_is_warned_about(tmp_path, stored, capsys):
     torch.save({"data": [[torch.randn(30, 3, 32, 32) * .55, stored[1]]]}, tmp_path / "res.pt")
-    common.load_distilled(tmp_path / "res.pt", CIFAR, 3)
+    splits.load_distilled(tmp_path / "res.pt", CIFAR, 3)
     assert "ZCA" in capsys.readouterr().err
 
 
@@ -199,7 +201,7 @@ def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
 @pytest.mark.skipif(not SHARED.exists(), reason="published sets are not at hand")
 @pytest.mark.parametrize("name, ipc", [("mtt_cifar10_ipc1", 1), ("mtt_cifar10_ipc10", 10), ("mtt_cifar10_ipc50", 50), ("dc_cifar10_ipc10.pt", 10)])
 def test_published_sets(name, ipc):
-    split = common.load_distilled(SHARED / "distilled" / name, CIFAR, ipc)
+    split = splits.load_distilled(SHARED / "distilled" / name, CIFAR, ipc)
     assert split.images.shape == (10 * ipc, 3, 32, 32) and .8 < split.images.std() < 1.4
 
 

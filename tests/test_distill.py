@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import splits
 import distill
-from common import DATASETS, UserError, random_stream
+from common import UserError, random_stream
+from splits import DATASETS
 
 DIGITS = {"dataset": "digits", "ipc": 2, "factor": 2, "seed": 3, "augment": "dsa", "cutmix": .5}
 
@@ -16,7 +18,7 @@ DIGITS = {"dataset": "digits", "ipc": 2, "factor": 2, "seed": 3, "augment": "dsa
 def digits(method, **changes):
     """(training split, config) of a small run."""
     config = DIGITS | distill.DEFAULTS | distill.SETTINGS[method] | {"method": method}
-    real, _ = common.load_real(config, "data")
+    real, _ = splits.load_real(config, "data")
     small = {"width": 8, "outer": 2, "inner": 3, "real_images": 8, "network_images": min(64, config["network_images"])}
     return real, config | small | changes
 
@@ -40,7 +42,7 @@ def test_decoding_gives_back_what_was_encoded(size, factor):
     colours = torch.rand(2 * factor ** 2, 3, 1, 1, generator=random_stream(0)).expand(-1, -1, size, size)
     stored = distill.encode_tiles(colours, factor)
     assert stored.shape == (2, 3, size, size)
-    decoded, _ = common.decode_tiles(stored, torch.zeros(2, dtype=torch.long), factor)
+    decoded, _ = splits.decode_tiles(stored, torch.zeros(2, dtype=torch.long), factor)
     if size % factor == 0:  # else the last tiles end in padding
         torch.testing.assert_close(decoded, colours)
 
@@ -49,7 +51,7 @@ def test_the_sheet_and_data_pt_hold_the_same_set(tmp_path):
     real, config = digits("select")
     distill.distill(real, config, tmp_path)
     common.save(tmp_path / "config.json", config)
-    sheet, data = (common.load_distilled(tmp_path / name, DATASETS["digits"], 2) for name in ("sheet.png", "data.pt"))
+    sheet, data = (splits.load_distilled(tmp_path / name, DATASETS["digits"], 2) for name in ("sheet.png", "data.pt"))
     assert len(sheet) == 10 * 2 * 4
     torch.testing.assert_close(sheet.images, data.images, rtol=0, atol=1e-6)
     assert torch.equal(sheet.labels, data.labels)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import common
+import splits
 import landscape
 from common import UserError
 
@@ -195,7 +196,7 @@ def test_resumed_survey_equals_uninterrupted_bit_for_bit(tmp_path, no_pictures):
 def test_masks_hold_at_every_point_and_models_keep_their_own_loss(kind):
     states, mask, net = networks()
     names = [name for name, _ in net.named_parameters()]
-    split = common.load_real(dict(CONFIG), "nowhere")[0]
+    split = splits.load_real(dict(CONFIG), "nowhere")[0]
     plane = landscape.make_plane(kind, states, names, common.random_stream(0))
     for weights in plane.coefficients([(0, 0), (1.5, -2), (-3, .5)]):
         point = common.combine(plane.states, weights.tolist())

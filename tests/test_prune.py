@@ -211,7 +211,7 @@ def test_plot_and_compare(finished, tmp_path, run, capsys):
 
 
 def test_a_script_and_common_alone_work_in_an_empty_folder(tmp_path):
-    for name in ("prune.py", "common.py"):
+    for name in ("prune.py", "common.py", "splits.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "data").symlink_to(ROOT / "data")
     done = subprocess.run([sys.executable, "prune.py", *map(str, QUICK), "--rounds", "1"], cwd=tmp_path, capture_output=True, text=True)

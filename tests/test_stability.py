@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import splits
+import endpoints
 import stability
 from common import Split, UserError
 
@@ -144,7 +146,7 @@ def test_assignment_equals_brute_force():
 @pytest.mark.parametrize("changes", [{}, {"norm": "batch"}, {"model": "resnet10", "width": 8}])
 def test_relabelled_copy_is_the_same_function_and_matching_undoes_it(changes, tmp_path):
     config = CONFIG | {"width": 8, "train_images": None} | changes
-    split, scratch = common.load_real(config, tmp_path)[0], common.build_network(config)
+    split, scratch = splits.load_real(config, tmp_path)[0], common.build_network(config)
     model = common.build_network(config, 1)
     recipe = common.Recipe(6, lr=.1, augment="none", cutmix=0)
     common.train(model, split, recipe, common.random_stream(0), half_mask(model))
@@ -171,8 +173,8 @@ def test_align_refuses_networks_whose_units_it_does_not_know():
 
 
 def trained(folder, ticket, order, **options):
-    split = common.load_real(dict(ticket["config"]), folder)[0]
-    return common.endpoint(folder, folder / "r3.pt", ticket, split, order, **options)
+    split = splits.load_real(dict(ticket["config"]), folder)[0]
+    return endpoints.endpoint(folder, folder / "r3.pt", ticket, split, order, **options)
 
 
 def test_interrupted_training_ends_bit_identical(tmp_path, monkeypatch):
@@ -185,7 +187,7 @@ def test_interrupted_training_ends_bit_identical(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real_train(*arguments)
 
-    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))  # a minute for each epoch: saved every time
+    monkeypatch.setattr(endpoints.time, "monotonic", lambda: next(clock))  # a minute for each epoch: saved every time
     monkeypatch.setattr(common, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "parts", ticket, 1)
@@ -197,7 +199,7 @@ def test_interrupted_training_ends_bit_identical(tmp_path, monkeypatch):
 
 def test_orders_share_their_first_epochs_and_the_schedule(tmp_path):
     ticket = subnetwork()
-    split = common.load_real(dict(ticket["config"]), tmp_path)[0]
+    split = splits.load_real(dict(ticket["config"]), tmp_path)[0]
     model, recipe = common.build_network(ticket["config"]), common.recipe_of(ticket["config"], 2)
     model.load_state_dict(ticket["init"])
     first = common.train(model, split, recipe, common.random_stream(0, "order", None), ticket["masks"], (0, 1))
