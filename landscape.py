@@ -32,8 +32,8 @@ import torch
 from tqdm import tqdm
 
 import common
-import splits
 import endpoints
+import splits
 from common import UserError, at_least
 
 FORMAT = "lottery-landscape-1"

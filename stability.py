@@ -27,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 import common
-import splits
 import endpoints
+import splits
 from common import UserError, at_least, mean_and_std
 
 FORMAT = "lottery-stability-1"

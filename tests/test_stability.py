@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import splits
 import endpoints
+import splits
 import stability
 from common import Split, UserError
 
