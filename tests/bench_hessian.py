@@ -45,20 +45,25 @@ def main():
     exact = clocks() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     diagonal = torch.cat([h.flatten() for h in diagonal.values()])
-    print(f"{args.model} of width {args.width or 'default'}, batch {args.batch}, {torch.get_num_threads()} threads: {method}")
-    print(f"all {len(diagonal):,} entries: {exact[0]:.1f} s, {exact[1]:.1f} s of CPU time, peak memory {memory:.2f} GiB")
+    print(f"{args.model} of width {args.width or 'default'}, batch {args.batch}, {torch.get_num_threads()} threads: "
+          f"{method}")
+    print(f"all {len(diagonal):,} entries: {exact[0]:.1f} s, {exact[1]:.1f} s of CPU time, "
+          f"peak memory {memory:.2f} GiB")
 
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
     chosen = torch.randperm(len(diagonal))[:args.rows].tolist()
     start = clocks()
-    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(gradient[i], parameters, retain_graph=True)])[i] for i in chosen]
+    rows = []
+    for i in chosen:
+        row = torch.autograd.grad(gradient[i], parameters, retain_graph=True)
+        rows.append(torch.cat([g.flatten() for g in row])[i])
     loop = clocks() - start
     whole = loop / args.rows * len(diagonal)
     error = (torch.stack(rows) - diagonal[chosen]).abs().max() / diagonal.abs().max()
-    print(f"{args.rows} rows of the loop: {loop[0]:.1f} s, {loop[1]:.1f} s of CPU time; all rows: {whole[0] / 3600:.1f} h, "
-          f"{whole[1] / 3600:.1f} h of CPU time")
+    print(f"{args.rows} rows of the loop: {loop[0]:.1f} s, {loop[1]:.1f} s of CPU time; "
+          f"all rows: {whole[0] / 3600:.1f} h, {whole[1] / 3600:.1f} h of CPU time")
     print(f"ratio: {whole[0] / exact[0]:.0f} x, in CPU time {whole[1] / exact[1]:.0f} x")
     print(f"largest difference in these rows: {error:.1e} of the largest entry")
 

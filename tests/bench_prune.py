@@ -36,7 +36,8 @@ def theirs(network, split, epochs):
 
     class Samples(torch.utils.data.Dataset):
         augment = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
-                                      transforms.ColorJitter(.5, .5, .5), transforms.Normalize((.49, .48, .45), (.2, .2, .2))])
+                                      transforms.ColorJitter(.5, .5, .5),
+                                      transforms.Normalize((.49, .48, .45), (.2, .2, .2))])
 
         def __len__(self):
             return len(split)
@@ -68,7 +69,8 @@ def round_of(way, width, epochs):
     network = common.build_network(dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=width))
     {"ours": ours, "theirs": theirs}[way](network, split, 1)  # warm-up, compiles on first use
     began = time.perf_counter()
-    {"ours": ours, "theirs": theirs}[way](common.build_network(dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=width)), split, epochs)
+    network = common.build_network(dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=width))
+    {"ours": ours, "theirs": theirs}[way](network, split, epochs)
     print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

@@ -59,7 +59,8 @@ def test_resnet_convolutions_are_drawn_with_the_papers_standard_deviation():
 
 
 def test_networks_of_the_users_own(tmp_path, monkeypatch):
-    (tmp_path / "mynet.py").write_text("from torch import nn\ndef tiny(num_classes):\n    return nn.Linear(4, num_classes)\n")
+    (tmp_path / "mynet.py").write_text("from torch import nn\n"
+                                       "def tiny(num_classes):\n    return nn.Linear(4, num_classes)\n")
     monkeypatch.chdir(tmp_path)
     assert common.build_network(config("mynet:tiny", num_classes=7)).out_features == 7
     with pytest.raises(UserError, match="mynet:big"):
@@ -199,7 +200,8 @@ def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="published sets are not at hand")
-@pytest.mark.parametrize("name, ipc", [("mtt_cifar10_ipc1", 1), ("mtt_cifar10_ipc10", 10), ("mtt_cifar10_ipc50", 50), ("dc_cifar10_ipc10.pt", 10)])
+@pytest.mark.parametrize("name, ipc", [("mtt_cifar10_ipc1", 1), ("mtt_cifar10_ipc10", 10), ("mtt_cifar10_ipc50", 50),
+                                       ("dc_cifar10_ipc10.pt", 10)])
 def test_published_sets(name, ipc):
     split = splits.load_distilled(SHARED / "distilled" / name, CIFAR, ipc)
     assert split.images.shape == (10 * ipc, 3, 32, 32) and .8 < split.images.std() < 1.4
@@ -297,7 +299,8 @@ def reference_training(model, split, recipe, stream, mask):
 def test_training_equals_torchs_optimizer_with_masks():
     recipe = common.Recipe(6, lr=.05, batch_size=16, augment="none", cutmix=0.)
     models = [common.build_network(config(width=4, image_size=8, num_classes=3)) for _ in range(2)]
-    mask = {name: torch.rand(w.shape, generator=random_stream(9)) < .5 for name, w in common.prunable(models[0]).items()}
+    mask = {name: torch.rand(w.shape, generator=random_stream(9)) < .5
+            for name, w in common.prunable(models[0]).items()}
     for model in models:
         common.apply_mask(model, mask)
     common.train(models[0], blobs(), recipe, random_stream(3), mask)
@@ -317,7 +320,8 @@ def test_pruned_weights_are_exactly_zero_after_training():
 def test_training_in_two_spans_is_training_in_one():
     recipe, states = common.Recipe(6, lr=.1), []
     for spans in ([(0, 6)], [(0, 2), (2, 6)]):
-        model, stream, momenta = common.build_network(config(width=4, image_size=8, num_classes=3)), random_stream(1), None
+        model, momenta = common.build_network(config(width=8, image_size=8, num_classes=3)), None
+        stream = random_stream(1)
         for span in spans:
             momenta = common.train(model, blobs(), recipe, stream, span=span, momenta=momenta).momenta
         states.append(model.state_dict())
@@ -345,12 +349,13 @@ def test_points_are_evaluated_like_networks_of_their_own(model):
     for seed, network in enumerate(networks):
         common.train(network, blobs(seed=seed), common.Recipe(2), random_stream(seed))
     states = [{k: v.clone() for k, v in n.state_dict().items()} for n in networks]
-    mask = {name: torch.rand(w.shape, generator=random_stream(9)) < .5 for name, w in common.prunable(networks[0]).items()}
+    mask = {name: torch.rand(w.shape, generator=random_stream(9)) < .5
+            for name, w in common.prunable(networks[0]).items()}
     for weights, (score,) in zip([(1, 0, 0), (.2, .5, .3)], common.evaluate_points(
             networks[0], states, [(1, 0, 0), (.2, .5, .3)], [split], mask)):
         fresh = common.build_network(settings)
-        fresh.load_state_dict({k: sum(w * s[k] for w, s in zip(weights, states)) if states[0][k].is_floating_point() else states[0][k]
-                               for k in states[0]})
+        fresh.load_state_dict({k: sum(w * s[k] for w, s in zip(weights, states)) if v.is_floating_point() else v
+                               for k, v in states[0].items()})
         common.apply_mask(fresh, mask)
         assert score.loss == pytest.approx(common.evaluate(fresh, split).loss, rel=1e-5)
 
@@ -361,5 +366,6 @@ def test_batchnorm_refresh_is_the_average_over_batches():
     common.refresh_batchnorm(torch.nn.Sequential(norm), split, batch_size=20)
     parts = split.images.split(20)
     assert torch.allclose(norm.running_mean, torch.stack([p.mean((0, 2, 3)) for p in parts]).mean(0), atol=1e-6)
-    assert torch.allclose(norm.running_var, torch.stack([p.transpose(0, 1).flatten(1).var(1) for p in parts]).mean(0), atol=1e-5)
+    variances = torch.stack([p.transpose(0, 1).flatten(1).var(1) for p in parts])
+    assert torch.allclose(norm.running_var, variances.mean(0), atol=1e-5)
     assert norm.momentum == .1 and not norm.training

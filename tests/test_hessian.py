@@ -72,7 +72,8 @@ def test_every_entry_against_brute_force(name, sparsity):
     assert method == ("exact (structured)" if curved else "exact (Gauss-Newton, piecewise linear)")
 
 
-@pytest.mark.parametrize("make", [lambda: common.ConvNet3(3, 32, 10), lambda: common.ResNet((2, 2, 2, 2), 3, 32, 10, 32)],
+@pytest.mark.parametrize("make", [lambda: common.ConvNet3(3, 32, 10),
+                                  lambda: common.ResNet((2, 2, 2, 2), 3, 32, 10, 32)],
                          ids=["convnet3", "resnet18"])
 def test_full_size_in_float32_against_hessian_vector_products(make):
     model, mask, images, labels = prepared(make, n=1, sparsity=.5, dtype=torch.float32, size=32, classes=10)

@@ -16,7 +16,8 @@ from common import random_stream
 from conftest import ROOT
 
 CONFIG = dict(model="convnet3", channels=3, image_size=32, num_classes=10)
-QUICK = ("--dataset", "digits", "--data", "real", "--width", 4, "--epochs", 2, "--eval-epochs", 2, "--train-images", 200)
+QUICK = ("--dataset", "digits", "--data", "real", "--width", 4, "--epochs", 2, "--eval-epochs", 2, "--train-images",
+         200)
 
 
 def rounds_of(network, count, rate=.2, **options):
@@ -40,7 +41,8 @@ def test_zeros_per_round_are_the_papers():
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_masks_are_nested(scope):
-    for earlier, later in zip((masks := rounds_of(common.build_network(CONFIG | {"width": 8}), 4, scope=scope)), masks[1:]):
+    masks = rounds_of(common.build_network(CONFIG | {"width": 8}), 4, scope=scope)
+    for earlier, later in zip(masks, masks[1:]):
         assert all((later[name] <= earlier[name]).all() for name in earlier)
 
 
@@ -81,7 +83,8 @@ def test_rewinding(what):
 
 
 def test_overlap_of_independent_masks_has_z_about_zero_and_ratio_one():
-    scores = [prune.overlap(torch.rand(5000, generator=random_stream(i)) < .3, torch.rand(5000, generator=random_stream(-1, i)) < .1)
+    scores = [prune.overlap(torch.rand(5000, generator=random_stream(i)) < .3,
+                            torch.rand(5000, generator=random_stream(-1, i)) < .1)
               for i in range(200)]
     z = torch.tensor([(shared - expected) / variance ** .5 for *_, shared, expected, variance in scores])
     assert abs(z.mean()) < .25 and abs(z.std() - 1) < .15
@@ -119,14 +122,16 @@ def run(tmp_path, monkeypatch):
 def finished(tmp_path_factory):
     """A finished run of three rounds on the digits, all subnetworks evaluated."""
     folder = tmp_path_factory.mktemp("finished")
-    subprocess.run([sys.executable, ROOT / "prune.py", *map(str, QUICK), "--rounds", "3", "--evaluate", "--out", folder / "masks"],
+    subprocess.run([sys.executable, ROOT / "prune.py", *map(str, QUICK), "--rounds", "3", "--evaluate",
+                    "--out", folder / "masks"],
                    check=True, cwd=folder)
     return folder / "masks"
 
 
 def test_a_run_leaves_masks_results_and_pictures(finished):
     rows = table(finished)
-    assert {p.name for p in finished.iterdir()} == {"r0.pt", "r1.pt", "r2.pt", "r3.pt", "results.csv", "config.json", "prune.png"}
+    assert {p.name for p in finished.iterdir()} == {"r0.pt", "r1.pt", "r2.pt", "r3.pt",
+                                                    "results.csv", "config.json", "prune.png"}
     assert [float(r["sparsity"]) for r in rows] == pytest.approx([0, .2, .36, .488], abs=.002)
     assert [int(r["training_points"]) for r in rows] == [0, 400, 800, 1200]
     assert all(0 < float(r["test_accuracy"]) <= 1 for r in rows)
@@ -135,12 +140,14 @@ def test_a_run_leaves_masks_results_and_pictures(finished):
 def test_mask_files_are_self_contained(finished):
     ticket = torch.load(finished / "r3.pt", weights_only=True)
     network = common.build_network(ticket["config"], ticket["config"]["seed"])
-    assert ticket["format"] == common.MASK_FORMAT and ticket["round"] == 3 and ticket["sparsity"] == common.sparsity(ticket["masks"])
+    assert ticket["format"] == common.MASK_FORMAT and ticket["round"] == 3
+    assert ticket["sparsity"] == common.sparsity(ticket["masks"])
     assert all(torch.equal(value, ticket["init"][name]) for name, value in network.state_dict().items())
 
 
 def test_killed_run_goes_on_and_ends_with_the_same_masks(finished, tmp_path, run):
-    command = [sys.executable, ROOT / "prune.py", *map(str, QUICK), "--rounds", "3", "--evaluate", "--out", tmp_path / "masks"]
+    command = [sys.executable, ROOT / "prune.py", *map(str, QUICK), "--rounds", "3", "--evaluate",
+               "--out", tmp_path / "masks"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not (tmp_path / "masks" / "r1.pt").exists():
         time.sleep(.01)
@@ -192,7 +199,8 @@ def test_start_goes_on_from_a_mask_and_rewind_moves_the_initial_state(finished, 
 
 
 def test_start_takes_a_torch_prune_state_dict(tmp_path, run):
-    layers = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Linear(4, 10))
+    layers = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3),
+                                 torch.nn.Linear(4, 10))
     for layer in layers:
         torch_prune.random_unstructured(layer, "weight", amount=.5)
     torch.save(layers.state_dict(), tmp_path / "theirs.pt")
@@ -214,14 +222,16 @@ def test_a_script_and_common_alone_work_in_an_empty_folder(tmp_path):
     for name in ("prune.py", "common.py", "splits.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "data").symlink_to(ROOT / "data")
-    done = subprocess.run([sys.executable, "prune.py", *map(str, QUICK), "--rounds", "1"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "prune.py", *map(str, QUICK), "--rounds", "1"], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("arguments, message", [
     (("--rate", 0), "--rate 0"), (("--rate", 1), "--rate 1"), (("--rate", -.1), "--rate"), (("--rounds", 0), "'0'"),
     (("--rounds", -3), "'-3'"), (("--dataset", "nowhere"), "nowhere"), (("--ipc", 7), "ipc 7"),
-    (("--dataset", "cifar10", "--data", "real", "--data-dir", "empty"), "--dataset digits"), (("--model", "vgg"), "vgg"),
+    (("--dataset", "cifar10", "--data", "real", "--data-dir", "empty"), "--dataset digits"),
+    (("--model", "vgg"), "vgg"),
     (("--start", "missing.pt"), "missing.pt"), (("--distilled", "missing.pt"), "missing.pt"), (("--width", "x"), "'x'"),
     (("--rewind", -1), "'-1'"), (("--plot", "nothing"), "nothing"), (("--compare", "a", "b"), "in common")])
 def test_bad_input_is_named_before_anything_is_written(arguments, message, tmp_path, monkeypatch):
