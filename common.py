@@ -13,8 +13,10 @@ Prunable are the weights of every Conv2d and Linear, first and last layer includ
 Kim et al. 2022, whose augmentation and distilled data the paper uses.
 """
 import argparse
-import ctypes
+import contextlib
+import contextvars
 import csv
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -23,14 +25,17 @@ import json
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 MASK_FORMAT = "lottery-mask-1"
 
@@ -55,12 +60,13 @@ def run(main):
     """Call a script's main() and turn a UserError into exit code 2, Ctrl-C into 130."""
     keep_freed_memory()
     try:
-        main()
+        with all_ranks():
+            main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_once(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from the last finished step", file=sys.stderr)
+        print_once("\nstopped: the same command goes on from the last finished step")
         sys.exit(130)
 
 
@@ -87,8 +93,34 @@ def at_least(least):
 positive = at_least(1)
 
 
+def within(least, most=math.inf):
+    """argparse type: a finite number from `least` to `most`."""
+    def parsed(text):
+        value = float(text)
+        if not (least <= value <= most and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least:g} to {most:g}")
+        return value
+
+    return parsed
+
+
+def choose_device(name=None):
+    """The torch.device that --device names; CUDA when there is one, else the CPU. Raises UserError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not a device of this machine's PyTorch") from error
+    return device
+
+
 def write_atomically(path, content):
-    """Write bytes to `path` so that a reader, or a power cut, sees the old file or the new one."""
+    """Write bytes to `path` so that a reader, or a power cut, sees the old file or the new one.
+
+    Of several ranks that work together, the first one writes.
+    """
+    if together.get().rank:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -99,7 +131,8 @@ def write_atomically(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
@@ -161,6 +194,118 @@ def compiled_ops():
     except ModuleNotFoundError:  # a script and common.py were copied alone
         return None
     return ops if ops.load() else None
+
+
+#############################################
+#              Many processes               #
+#############################################
+
+
+class Ranks(NamedTuple):
+    """The processes that work on one thing together: all that torchrun started or, inside `share`, one for itself.
+
+    Files are written, tables printed and bars shown by rank 0 alone. Without torchrun there is no other.
+    """
+
+    rank: int = 0
+    size: int = 1
+    store: object = None  # counters and texts that all ranks see
+    step: Callable = lambda n=1: None  # inside `share`: moves the bar of all ranks
+
+
+together = contextvars.ContextVar("together", default=Ranks())
+
+
+@contextlib.contextmanager
+def all_ranks():
+    """Join the processes that torchrun started: gloo for tensors on a CPU, nccl on GPUs, a device a rank."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+    store, rank, size = next(torch.distributed.rendezvous("env://"))
+    # However long one waits for another: when a rank dies, torchrun ends them all.
+    torch.distributed.init_process_group(store=store, rank=rank, world_size=size, timeout=timedelta(days=365))
+    together.set(Ranks(rank, size, store))
+    with silence() if rank else contextlib.nullcontext():
+        yield
+    torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def silence(speech=None):
+    """Show no bars and no warnings; what is printed goes to `speech`, or nowhere."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        with contextlib.redirect_stdout(nowhere if speech is None else speech):
+            yield
+
+
+@contextlib.contextmanager
+def alone(*options):
+    """Here a rank works for itself, as one process would."""
+    before = together.set(Ranks(0, 1, None, *options))
+    try:
+        yield
+    finally:
+        together.reset(before)
+
+
+def print_once(text):
+    """Print to stderr what every rank may have to say."""
+    store = together.get().store
+    if store is None or store.add(text, 1) == 1:
+        print(text, file=sys.stderr)
+
+
+def share(items, title, steps=1):
+    """Yield every item on one of the ranks, which handles it as one process would. Ends when all ranks are done.
+
+    What the loop prints, the first rank prints in the items' order. The bar of all ranks counts `steps` for an item,
+    as together.get().step() reports them or, at the latest, when the item is done.
+    """
+    ranks, items = together.get(), list(items)
+    if ranks.size == 1:
+        yield from items
+        return
+    compiled_ops()  # speaks before the silence
+
+    def step(n=1):
+        nonlocal left
+        left -= n
+        bar.update(ranks.store.add(title, n) - bar.n)
+
+    with tqdm(total=len(items) * steps, desc=title, disable=None, leave=False) as bar:
+        for i in range(ranks.rank, len(items), ranks.size):
+            left, speech = steps, io.StringIO()
+            with alone(step), silence(speech):
+                yield items[i]
+            step(left)
+            ranks.store.set(f"{title} {i}", speech.getvalue())
+        left, others = 0, torch.distributed.all_reduce(torch.zeros(1), async_op=True)
+        while not others.is_completed():
+            time.sleep(.1)
+            step(0)
+    for i in range(len(items) if ranks.rank == 0 else 0):
+        print(ranks.store.get(f"{title} {i}").decode(), end="")
+
+
+def sum_over_ranks_(tensor):
+    """Add up `tensor` over the ranks, in place."""
+    if together.get().size > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def wait():
+    """Wait for all ranks."""
+    sum_over_ranks_(torch.zeros(1))
+
+
+def first_says(value):
+    """The first rank's value as a float64 tensor, for what all must decide alike."""
+    value = torch.as_tensor(value, dtype=torch.float64)
+    return sum_over_ranks_(torch.zeros_like(value) if together.get().rank else value)
 
 
 #############################################
@@ -431,6 +576,17 @@ def masked_sgd_(params, grads, momenta, masks, lr, momentum=0., weight_decay=0.,
             velocity.mul_(mask)
 
 
+def sum_gradients(grads, sent):
+    """Gradients summed over the ranks in one message, of the entries `sent` (indices into all, laid end to end).
+
+    DistributedDataParallel is no way here: it hooks into backward(), which torch.autograd.grad does not call, waits
+    for parameters that fused kernels give no gradient, and would send the pruned weights too.
+    """
+    flat = torch.cat([g.flatten() for g in grads])
+    flat[sent] = sum_over_ranks_(flat[sent])
+    return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
+
+
 class Trained(NamedTuple):
     loss: float  # mean over the last epoch, on augmented batches
     accuracy: float
@@ -444,6 +600,7 @@ def train(model, split, recipe, generator, mask=None, span=None, momenta=None, p
     Weights outside `mask` are set to 0 and stay exactly 0. `span` = (first, last) runs only those epochs of the
     recipe's schedule, with `momenta` carried over. `progress(epoch, loss, accuracy)` is called after each epoch.
     Every random draw (order, augmentation) comes from `generator`. Raises UserError on a loss that is not finite.
+    Ranks that work together train one network on the same batches: each computes the gradient of its slice.
     """
     ops = compiled_ops()
     sparse = "off" if recipe.amp or recipe.compile else recipe.sparse
@@ -452,16 +609,23 @@ def train(model, split, recipe, generator, mask=None, span=None, momenta=None, p
     names, params = zip(*model.named_parameters())
     masks = [mask.get(name) if mask else None for name in names]
     momenta = momenta or [torch.zeros_like(p) for p in params]
+    rank, size = together.get()[:2]
+    sent = torch.cat([torch.ones_like(p, dtype=torch.bool).flatten() if m is None else m.flatten()
+                      for p, m in zip(params, masks)]).nonzero().squeeze(1) if size > 1 else None
     first, last = span or (0, recipe.epochs)
     loss, accuracy, points = math.nan, math.nan, 0
 
     def step(images, labels, pasted, kept, lr):
         """One update; the loss on `labels` (weight `kept`) and `pasted` (the rest), and how many labels were hit."""
+        n = len(labels)
+        images, labels, pasted = (part.tensor_split(size)[rank] for part in (images, labels, pasted))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.amp):
             logits = network(images)
-        logits = logits.float()
-        batch_loss = kept * F.cross_entropy(logits, labels) + (1 - kept) * F.cross_entropy(logits, pasted)
+        losses = [F.cross_entropy(logits.float(), y, reduction="sum") / n for y in (labels, pasted)]
+        batch_loss = kept * losses[0] + (1 - kept) * losses[1]
         grads = torch.autograd.grad(batch_loss, params, allow_unused=True, materialize_grads=True)
+        if size > 1:
+            grads = sum_gradients(grads, sent)
         step_(params, grads, momenta, masks, lr, recipe.momentum, recipe.weight_decay)
         return batch_loss.detach(), (logits.argmax(1) == labels).sum()
 
@@ -486,7 +650,10 @@ def train(model, split, recipe, generator, mask=None, span=None, momenta=None, p
             batch_loss, hit = step(images, labels, pasted, torch.tensor(kept, device=images.device), lr)
             losses.append(batch_loss.clone())  # a CUDA graph writes the next step's to the same place
             hits += hit
-        losses = torch.stack(losses).tolist()  # the only wait for a GPU in an epoch
+        losses = torch.stack(losses)
+        if size > 1:
+            sum_over_ranks_(losses), sum_over_ranks_(hits)
+        losses = losses.tolist()  # the only wait for a GPU in an epoch
         broken = next((step for step, value in enumerate(losses) if not math.isfinite(value)), None)
         if broken is not None:
             raise UserError(f"the loss became {losses[broken]} at epoch {epoch}, step {broken}; "
@@ -610,34 +777,77 @@ def load_mask(path, config=None, device="cpu"):
     prunable weights of the network that `config` describes, in order. Raises UserError.
     """
     data = load(path, device)
-    if isinstance(data, dict) and data.get("format") == MASK_FORMAT:
-        missing = {"round", "masks", "init", "config"} - set(data)
-        if missing:
-            raise UserError(f"{path}: mask file without {', '.join(sorted(missing))}")
-    elif isinstance(data, dict) and any(str(key).endswith("weight_mask") for key in data):
+    if not isinstance(data, dict):
+        data = {}
+    if data.get("format") != MASK_FORMAT:
+        if not any(str(key).endswith("weight_mask") for key in data):
+            raise UserError(f"{path}: not a mask file of prune.py, nor a torch.nn.utils.prune state dict")
         if config is None:
             raise UserError(f"{path}: a torch.nn.utils.prune state dict names no network; give --model and --dataset")
         data = from_torch_prune(path, data, config)
-    else:
-        raise UserError(f"{path}: not a mask file of prune.py, nor a torch.nn.utils.prune state dict")
-    expected = {name: weight.shape for name, weight in prunable(build_network(data["config"])).items()}
-    if {name: m.shape for name, m in data["masks"].items()} != expected:
-        raise UserError(f"{path}: its masks do not fit its network {data['config']['model']}")
+    check_mask(path, data)
     return data
+
+
+def wrong_setting(config):
+    """A key of a mask file's config that lacks a value, or has one that prune.py would not have written; or None."""
+    def text(*known):
+        return lambda value: isinstance(value, str) and (not known or value in known)
+
+    def count(value):
+        return type(value) is int and value > 0
+
+    def between(least, most):
+        return lambda value: isinstance(value, (int, float)) and least <= value <= most
+
+    needed = {"model": text(), "dataset": text(), "channels": count, "image_size": count, "num_classes": count,
+              "data": text("distilled", "real", "subset", "random"), "seed": lambda value: type(value) is int,
+              "eval_epochs": count}
+    optional = {"width": count, "norm": text("instance", "batch", "none"), "train_images": count, "ipc": count,
+                "lr": between(0, 1e6), "momentum": between(0, 1), "weight_decay": between(0, 1e6), "batch_size": count,
+                "augment": text("dsa", "imagenet", "none"), "cutmix": between(0, 1),
+                "sparse": text("auto", "on", "off")}
+    for key, fits in (needed | optional).items():
+        if not (fits(config.get(key)) or key in optional and config.get(key) is None):
+            return key
+
+
+def check_mask(path, data):
+    """Raises UserError unless a mask file's dict is complete and its masks and initial state fit its network."""
+    parts = {"config": dict, "masks": dict, "init": dict, "results": dict, "round": int, "sparsity": float}
+    wrong = next((key for key, kind in parts.items() if not isinstance(data.get(key), kind)), None)
+    if wrong:
+        raise UserError(f"{path}: mask file without {wrong}")
+    config = data["config"]
+    if wrong := wrong_setting(config):
+        raise UserError(f"{path}: {wrong} {config.get(wrong)!r} in its config is not one of prune.py")
+    try:
+        with torch.device("meta"):  # shapes, without the memory that a hostile file may ask for
+            network = build_network(config)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: its config describes no network ({str(error)[:80]})") from error
+    masks = {name: torch.empty_like(weight, dtype=torch.bool) for name, weight in prunable(network).items()}
+    for part, expected in ("masks", masks), ("init", network.state_dict()):
+        held = {name: (v.shape, v.dtype, v.layout) for name, v in data[part].items() if torch.is_tensor(v)}
+        if held != {name: (v.shape, v.dtype, v.layout) for name, v in expected.items()}:
+            raise UserError(f"{path}: its {part} do not fit its network {config['model']}")
+    broken = next((name for name, value in data["init"].items() if not value.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{path}: {broken} holds NaN or infinity")
 
 
 def from_torch_prune(path, state, config):
     """A mask file's dict from `<name>_orig` and `<name>_mask` entries, matched to our names by order and shape."""
     model = build_network(config, config.get("seed", 0))
-    found = [(state[key[:-5] + "_orig"], state[key].bool()) for key in state if key.endswith("weight_mask")]
+    found = [(state.get(key[:-4] + "orig"), state[key]) for key in map(str, state) if key.endswith("weight_mask")]
     names = list(prunable(model))
-    shapes = [tuple(weight.shape) for weight in prunable(model).values()]
-    if [tuple(m.shape) for _, m in found] != shapes:
+    shapes = [(weight.shape, weight.shape) for weight in prunable(model).values()]
+    if [tuple(v.shape for v in pair if torch.is_tensor(v)) for pair in found] != shapes:
         raise UserError(f"{path}: {len(found)} masked weights that do not fit {config['model']} "
                         f"(--model, --width and --dataset choose the network)")
     init = model.state_dict()
     init.update({name: weight for name, (weight, _) in zip(names, found)})
-    masks = {name: m for name, (_, m) in zip(names, found)}
+    masks = {name: m.bool() for name, (_, m) in zip(names, found)}
     return {"format": MASK_FORMAT, "round": 0, "sparsity": sparsity(masks), "masks": masks, "init": init,
             "config": dict(config), "results": {}}
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import common
 import splits
-from common import UserError, positive, random_stream
+from common import UserError, at_least, positive, random_stream, within
 
 SETTINGS = {  # of the methods; idc: Kim et al.'s for CIFAR
     "select": dict(outer=0, inner=1),
@@ -87,15 +87,16 @@ def select(real, members, config):
     network = draw_network(config, config["seed"], real.images.device)
     train_network(network, real, config, stream)
     embed, linear = embedding(network)
-    images = []
-    for label, own in enumerate(members):
+    images = torch.zeros(len(members), config["ipc"], *real.images.shape[1:], device=real.images.device)
+    for label in common.share(range(len(members)), "selecting"):
+        own = members[label]
         with torch.no_grad():
             embeddings = torch.cat([embed(real.batch(index)[0]) for index in own.split(250)])
             certainty = linear(embeddings).log_softmax(1)[:, label]
         surest = certainty.topk(max(count, len(own) // 2)).indices
         chosen = own[surest[herd(embeddings[surest], count)]]
-        images.append(encode_tiles(real.images[chosen].float() / 255, config["factor"]))
-    return torch.stack(images)
+        images[label] = encode_tiles(real.images[chosen].float() / 255, config["factor"])
+    return common.sum_over_ranks_(images)
 
 
 def herd(embeddings, count):
@@ -150,7 +151,8 @@ def embedding(network):
 def train_network(network, split, config, stream, epochs=1, momenta=None):
     """Train on `split` at the constant learning rate that a schedule three times as long begins with; the momenta."""
     recipe = common.recipe_of(config, 3 * epochs)
-    return common.train(network, split, recipe, stream, span=(0, epochs), momenta=momenta).momenta
+    with common.alone():  # every rank has the same network and trains it in the same way
+        return common.train(network, split, recipe, stream, span=(0, epochs), momenta=momenta).momenta
 
 
 #############################################
@@ -190,22 +192,30 @@ def embedding_distance(network, real, synthetic, label, cross_entropy=0.):
 def match(network, images, real, members, config, stream):
     """Add the gradient of the matching loss to images.grad, class by class, and return the mean loss of a class.
 
-    The batches of a class share one draw of the augmentation (Zhao & Bilen 2021).
+    The batches of a class share one draw of the augmentation (Zhao & Bilen 2021). Of several ranks each matches its
+    own classes, after all draws of all classes.
     """
-    total = 0.
+    rank, size, *_ = common.together.get()
+    losses = torch.zeros(len(members), dtype=torch.float64)
     for label, own in enumerate(members):
-        batch, _ = real.batch(own[torch.randint(len(own), (config["real_images"],), generator=stream)])
-        synthetic = decode(images[label], real, config["factor"])
-        synthetic = synthetic[torch.randperm(len(synthetic), generator=stream)[:config["synthetic_images"]]]
+        chosen = own[torch.randint(len(own), (config["real_images"],), generator=stream)]
+        shuffled = torch.randperm(len(images[label]) * config["factor"] ** 2, generator=stream)
         draw = common.draw_dsa(stream, config["flip"])
+        if label % size != rank:
+            continue
+        batch, _ = real.batch(chosen)
+        synthetic = decode(images[label], real, config["factor"])[shuffled[:config["synthetic_images"]]]
         pair = common.dsa(batch, draw), common.dsa(synthetic, draw)
         if config["method"] == "idc":
             loss = gradient_distance(network, *pair, label, config["metric"])
         else:
             loss = embedding_distance(network, *pair, label, config["cross_entropy"])
         loss.backward(inputs=[images])
-        total += loss.item()
-    return total / len(members)
+        losses[label] = loss.item()
+    if images.grad is None:  # more ranks than classes
+        images.grad = torch.zeros_like(images)
+    common.sum_over_ranks_(images.grad)  # the gradient of a class is on one rank, so its bits stay the same
+    return sum(common.sum_over_ranks_(losses).tolist()) / len(members)
 
 
 #############################################
@@ -279,7 +289,7 @@ def distill(real, config, out, budget=math.inf):
         except UserError:
             save_run(run, out, config)
             raise
-        run.minutes = (time.monotonic() - start) / 60
+        run.minutes = float(common.first_says((time.monotonic() - start) / 60))
         bar.total = int(min(total, len(run.losses) * budget / run.minutes))  # what will be done, for the time left
         bar.set_postfix(loss=f"{run.losses[-1]:.4g}", refresh=False)
         bar.update()
@@ -334,14 +344,20 @@ def load_checkpoint(out, config, device):
 
 def evaluate(distilled, test, config, recipe, repeats):
     """Test accuracies of `repeats` networks trained from scratch on a distilled split: the measure of such a set."""
-    accuracies = []
-    bar = tqdm(total=repeats * recipe.epochs, desc="evaluating", disable=None)
-    for repeat in range(repeats):
+    accuracies = torch.zeros(repeats, dtype=torch.float64)
+    shared = common.together.get().size > 1
+    bar = tqdm(total=repeats * recipe.epochs, desc="evaluating", disable=shared or None)
+
+    def progress(*_):
+        bar.update()
+        common.together.get().step()
+
+    for repeat in common.share(range(repeats), "evaluating", recipe.epochs):
         network = draw_network(config, repeat, distilled.images.device)
-        common.train(network, distilled, recipe, random_stream(repeat, "evaluate"), progress=lambda *_: bar.update())
-        accuracies.append(common.evaluate(network, test).accuracy)
+        common.train(network, distilled, recipe, random_stream(repeat, "evaluate"), progress=progress)
+        accuracies[repeat] = common.evaluate(network, test).accuracy
     bar.close()
-    return accuracies
+    return common.sum_over_ranks_(accuracies).tolist()
 
 
 def report(path, accuracies, distilled, config, recipe):
@@ -377,30 +393,31 @@ def main():
     flag("--method", choices=SETTINGS, help="(idc with CUDA, else dm)")
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, help="folder (distilled/<dataset>_ipc<ipc>)")
-    flag("--budget", type=float, default=math.inf, metavar="MINUTES", help="stop then, keeping the set so far")
+    flag("--budget", type=within(0), default=math.inf, metavar="MINUTES", help="stop then, keeping the set so far")
     flag("--device", help="(cuda when there is one, else cpu)")
     flag = parser.add_argument_group("settings of the method", "the defaults are the method's; idc: those of its paper "
                                      "for CIFAR, and for ImageNet-10 on images above 64 pixels").add_argument
     flag("--outer", type=positive, help="networks matched in, one after the other")
     flag("--inner", type=positive, help="iterations with each")
-    flag("--image-lr", type=float, help="learning rate of the images; multiplied by ipc / 10")
+    flag("--image-lr", type=within(0), help="learning rate of the images; multiplied by ipc / 10")
     flag("--metric", choices=("mse", "l1"), help="between gradients (idc)")
-    flag("--cross-entropy", type=float, help="weight of the loss on synthetic images (idm)")
+    flag("--cross-entropy", type=within(0), help="weight of the loss on synthetic images (idm)")
     flag("--real-images", type=positive, help="real images of a class matched in an iteration (64)")
     flag("--synthetic-images", type=positive, help="decoded images of a class matched in an iteration, at most (128)")
-    flag("--network-images", type=int, help="real images the network is trained on after every iteration")
-    flag("--pretrain", type=int, help="epochs of training on real data before the first iteration")
+    flag("--network-images", type=at_least(0), help="real images the network is trained on after every iteration")
+    flag("--pretrain", type=at_least(0), help="epochs of training on real data before the first iteration")
     flag("--model", help="network: convnet3, resnet10, resnet18, or resnet10ap with IDC's average pooling")
     flag("--width", type=positive, help="its channels in the first layer (idc: full; dm, idm: 64)")
     flag("--norm", choices=("instance", "batch", "none"), help="its normalisation (instance)")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--evaluate", type=Path, metavar="PATH", help="only measure this set: any format prune.py --distilled reads")
-    flag("--repeats", type=int, default=2, help="networks trained from scratch on the set; 0: do not measure (2)")
+    flag("--repeats", type=at_least(0), default=2,
+         help="networks trained from scratch on the set; 0: do not measure (2)")
     flag("--epochs", type=positive, help="of their training (1000; on a CPU what sees 60,000 images, at most 1000)")
     flag("--eval-width", type=positive, help="their channels in the first layer (full)")
     args = parser.parse_args()
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = common.choose_device(args.device)
     args.method = args.method or ("idc" if device.type == "cuda" else "dm")
     config = {"dataset": args.dataset, "ipc": args.ipc, "method": args.method, "seed": args.seed}
     real, test = splits.load_real(config, args.data_dir, device)
@@ -416,6 +433,7 @@ def main():
         result = config | {"command": shlex.join(["python", *sys.argv]), "iterations": len(run.losses),
                            "minutes": round(run.minutes, 1)}
         common.save(out / "config.json", result)
+        common.wait()
     if not args.repeats:
         return
     dataset = splits.Dataset(*(config[key] for key in ("channels", "image_size", "num_classes")), real.mean, real.std)

@@ -4,6 +4,7 @@ An end point is a subnetwork trained from its initial weights in one data order.
 again by the other scripts.
 """
 import hashlib
+import itertools
 import time
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def load_subnetworks(paths, args):
     `args` holds what subnetwork_flags adds. Without paths: the dense network of --dataset, under the path
     <dataset>/dense.pt. Raises UserError.
     """
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = common.choose_device(args.device)
     unnamed = None
     if args.dataset:
         unnamed = dict(model=args.model, dataset=args.dataset, width=args.width, norm=args.norm, seed=args.seed or 0,
@@ -134,6 +135,21 @@ def endpoint(folder, mask_path, subnetwork, split, order, epochs=None, seed=None
     return point
 
 
+def train_ahead(folder, subnetworks, split, orders, epochs=None, seed=None, shared=0, overwrite=False):
+    """Under torchrun: train the end points of {path: mask file's dict} in all `orders`, each on one of the ranks.
+
+    They are found when they are asked for; one process trains them only then.
+    """
+    if common.together.get().size == 1:
+        return
+    paths = {result_path(folder, path, ""): path for path in subnetworks}.values()  # two of one result are trained once
+    length = epochs or next(iter(subnetworks.values()))["config"]["eval_epochs"]
+    for path in common.share(paths, "epochs shared by the orders", shared) if shared else ():
+        endpoint(folder, path, subnetworks[path], split, None, epochs, seed, shared, overwrite)
+    for path, order in common.share(itertools.product(paths, range(orders)), "epochs of all end points", length):
+        endpoint(folder, path, subnetworks[path], split, order, epochs, seed, shared, overwrite)
+
+
 def train_endpoint(path, point, last, about, split, recipe, generator):
     """Train from `point` to epoch `last` and return the new point, saved to `path` now and then, and at the end."""
     model = common.build_network(about["config"]).to(split.labels.device)
@@ -147,6 +163,7 @@ def train_endpoint(path, point, last, about, split, recipe, generator):
             momenta = trained.momenta
             bar.set_postfix(loss=f"{trained.loss:.3f}", accuracy=f"{trained.accuracy:.1%}", refresh=False)
             bar.update()
+            common.together.get().step()
             if epoch + 1 == last or time.monotonic() - saved > 30:
                 point = about | {"epochs_done": epoch + 1, "state": model.state_dict()}
                 if epoch + 1 < recipe.epochs:

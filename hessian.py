@@ -399,12 +399,17 @@ def named(model, network, matrices):
 
 
 class Hessian:
-    """Products with the Hessian of the mean loss over all parameters, laid end to end; rows of pruned weights are 0."""
+    """Products with the Hessian of the mean loss over all parameters, laid end to end; rows of pruned weights are 0.
+
+    They are sums over the images, of which each rank has its part.
+    """
 
     def __init__(self, model, images, labels, mask):
         names, self.parameters = zip(*model.named_parameters())
-        self.logits = model(images)
-        self.gradients = self.grad(F.cross_entropy(self.logits, labels), create_graph=True)
+        self.n, self.own = len(labels), own_images()
+        self.logits = model(images[self.own])
+        loss = F.cross_entropy(self.logits, labels[self.own], reduction="sum") / self.n
+        self.gradients = self.grad(loss, create_graph=True)
         every = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
         self.kept = torch.cat([kept.flatten() for kept in (every | mask).values()])
         self.prunable = torch.cat([torch.full_like(p, name in mask).flatten() for name, p in every.items()])
@@ -414,15 +419,18 @@ class Hessian:
         return torch.autograd.grad(*outputs, self.parameters, allow_unused=True, materialize_grads=True, **options)
 
     def product(self, v):
+        return common.sum_over_ranks_(self.own_product(v))
+
+    def own_product(self, v):
         parts = (v * self.kept).split([p.numel() for p in self.parameters])
         inner = sum((g * part.view_as(g)).sum() for g, part in zip(self.gradients, parts))
         return torch.cat([g.flatten() for g in self.grad(inner, retain_graph=True)]) * self.kept
 
     def entry(self, i):
-        """One diagonal entry, by one product: the way of the paper's code."""
+        """One diagonal entry of this rank's images, by one product: the way of the paper's code."""
         v = torch.zeros_like(self.kept, dtype=self.logits.dtype)
         v[i] = 1
-        return self.product(v)[i]
+        return self.own_product(v)[i]
 
     def signs(self, generator, shape=None):
         return torch.randint(2, shape or self.kept.shape, generator=generator).to(self.logits).mul_(2).sub_(1)
@@ -430,11 +438,18 @@ class Hessian:
     def probe(self, generator):
         """v * Hv for random signs v, the diagonal plus noise (Hutchinson), and the Gauss-Newton trace plus noise."""
         p = self.logits.detach().softmax(1)
-        r = p.sqrt() * self.signs(generator, p.shape)
+        r = p.sqrt() * self.signs(generator, (self.n, p.shape[1]))[self.own]
         root = torch.cat([g.flatten() for g in self.grad(self.logits, grad_outputs=r - p * r.sum(1, keepdim=True),
                                                          retain_graph=True)])
+        root = common.sum_over_ranks_(root * self.kept)
         v = self.signs(generator)
-        return v * self.product(v), (root * self.kept).square().sum() / len(p)
+        return v * self.product(v), root.square().sum() / self.n
+
+
+def own_images():
+    """The part of a batch's images that this rank has."""
+    ranks = common.together.get()
+    return slice(ranks.rank, None, ranks.size)
 
 
 def top_eigenvalue(product, start, steps=100, tolerance=.001):
@@ -514,8 +529,11 @@ def measure(model, images, labels, mask, method, weights, probes, generator):
     start = torch.randn(len(hessian.kept), generator=generator).to(hessian.logits) * hessian.kept
     shared = {"top_eigenvalue": top_eigenvalue(hessian.product, start)}
     if method == "exact":
-        with bar(total=len(labels), desc="diagonal", unit="image") as images_done:
-            loss_part, diagonal, label = exact_diagonal(model, images, labels, mask, images_done.update)
+        own = labels[own_images()]
+        with bar(total=len(own), desc="diagonal", unit="image") as images_done:
+            *parts, label = exact_diagonal(model, images[own_images()], own, mask, images_done.update)
+        loss_part, diagonal = ({name: common.sum_over_ranks_(h * (len(own) / len(labels))) for name, h in part.items()}
+                               for part in parts)
         trace, loss_trace = (sum(float(h.double().sum()) for h in part.values()) for part in (diagonal, loss_part))
         shared |= {"trace": (trace, 0.), "gauss_newton_share": (loss_trace / trace, 0.)}
         entries = torch.cat([diagonal[name][kept] for name, kept in mask.items()])
@@ -526,6 +544,7 @@ def measure(model, images, labels, mask, method, weights, probes, generator):
         shared |= trace_figures(D.sum(1).double(), loss_traces.double())
         order = torch.randperm(len(hessian.chosen), generator=generator)[:weights]
         entries = torch.stack([hessian.entry(i) for i in bar(hessian.chosen[order.to(images.device)], desc="weights")])
+        entries = common.sum_over_ranks_(entries)
         sample = f"{len(entries)} exact entries"
         if len(entries) < len(hessian.chosen):  # (1 - fraction beyond) ** n = 5%
             sample += f" (95% sure: at most {1 - .05 ** (1 / len(entries)):.1%} of weights beyond min or max)"
@@ -558,7 +577,7 @@ def check_batchnorm(model):
 def analyse(path, subnetwork, train, settings, args):
     """The result of one mask, from --out when it is there already, else computed and saved."""
     file = endpoints.result_path(args.out, path, ".pt")
-    if file.exists() and (earlier := common.load(file)).get("settings") == settings:
+    if common.first_says(file.exists()) and (earlier := common.load(file)).get("settings") == settings:
         return earlier
     masks, dtype, seed = subnetwork["masks"], getattr(torch, args.dtype), settings["batch_seed"]
     trained = endpoints.endpoint(args.endpoints, path, subnetwork, train, 0, args.epochs, args.seed,
@@ -710,12 +729,17 @@ def main():
     subnetworks, train, _ = endpoints.load_subnetworks(args.mask, args)
     if args.batch * args.batches > len(train):
         raise UserError(f"--batch {args.batch} x --batches {args.batches}: more than the {len(train)} training images")
+    if args.batch < common.together.get().size:
+        raise UserError(f"--batch {args.batch}: fewer images than the {common.together.get().size} ranks")
     model = common.build_network(next(iter(subnetworks.values()))["config"]).eval()
     check_batchnorm(model)
     if args.method == "exact":
         Network(model)  # refuses before the training, not after it
+    endpoints.train_ahead(args.endpoints, subnetworks, train, 1, args.epochs, args.seed, overwrite=args.overwrite)
     results = {path: analyse(path, subnetwork, train, settings_of(args, subnetwork, train), args)
                for path, subnetwork in subnetworks.items()}
+    if common.together.get().rank:
+        return
     print_table(results.values())
     common.save_csv(args.out / "hessian.csv", table_rows(results))
     if args.method == "exact":

@@ -210,11 +210,13 @@ def survey(path, planes, grids, scorers, permits, about, earlier=None):
     """Evaluate probes and grids of S planes, coarse to fine, into `path` (see pack), with pictures after each level.
 
     scorers[s](coefficients [K, M]) -> K rows (loss, accuracy, standard error of the loss); where permits[s](them) is
-    False they stay NaN. `earlier` = (scores, done) of an interrupted survey; a stop loses half a minute.
+    False they stay NaN. `earlier` = (scores, done) of an interrupted survey; a stop loses half a minute. Of several
+    ranks each takes an equal part of every batch of points.
     """
-    size = len(grids[0][0])
+    size, (rank, ranks, *_) = len(grids[0][0]), common.together.get()
     about = about | {key: np.array([grid[k] for grid in grids]) for k, key in enumerate(("xs", "ys"))}
     coefficients = np.stack([all_coefficients(plane, *grid) for plane, grid in zip(planes, grids)])
+    coefficients = common.first_says(coefficients).numpy()
     scores, done = earlier or (np.full((*coefficients.shape[:2], 3), np.nan), np.zeros(coefficients.shape[:2], bool))
     done |= ~np.stack([permit(points) for permit, points in zip(permits, coefficients)])
     probes, saved = coefficients.shape[1] - size ** 2, time.monotonic()
@@ -225,16 +227,20 @@ def survey(path, planes, grids, scorers, permits, about, earlier=None):
             for s, score in enumerate(scorers):
                 todo, batch = level[~done[s, level]], 4
                 while len(todo):
-                    part, todo, start = todo[:batch], todo[batch:], time.monotonic()
-                    scores[s, part] = score(coefficients[s, part])
+                    part, todo, start = todo[:batch * ranks], todo[batch * ranks:], time.monotonic()
+                    own, found = part[rank::ranks], np.zeros((len(part), 3))
+                    if len(own):
+                        found[rank::ranks] = score(coefficients[s, own])
+                    scores[s, part] = common.sum_over_ranks_(torch.from_numpy(found))
                     done[s, part] = True
                     bar.update(len(part))
-                    batch = int(np.clip(10 * len(part) / max(time.monotonic() - start, 1e-3), 1, 64))
+                    seconds = float(common.first_says(time.monotonic() - start))
+                    batch = int(np.clip(10 * len(part) / ranks / max(seconds, 1e-3), 1, 64))
                     if time.monotonic() - saved > 20:
                         common.save(path, pack(scores, done, about, size))
                         saved = time.monotonic()
             common.save(path, pack(scores, done, about, size))
-            if level[0] >= probes and not done.all():  # a coarse picture; the caller draws the last
+            if level[0] >= probes and not done.all() and rank == 0:  # a coarse picture; the caller draws the last
                 draw_surface(pack(scores, done, about, size), path.parent, path.stem)
 
 
@@ -434,6 +440,8 @@ def main():
     split = distilled_split(subnetworks, train) if args.on == "distilled" else {"real": train, "test": test}[args.on]
     model = common.build_network(next(iter(subnetworks.values()))["config"]).to(train.labels.device)
     names = [name for name, _ in model.named_parameters()]
+    endpoints.train_ahead(args.endpoints, subnetworks, train, args.orders, args.epochs, args.seed,
+                          overwrite=args.overwrite)
     planes = train_planes(subnetworks, train, names, args)
     about = {key: np.array([getattr(plane, key) for plane in planes]) for key in ("models", "residuals", "explained")}
     about |= {"labels": [common.label(one) for one in subnetworks.values()], "settings": json.dumps(settings)}
@@ -446,6 +454,8 @@ def main():
                for plane, subnetwork in zip(planes, subnetworks.values())]
     permits = [partial(allowed, plane, args.bn, args.extrapolate) for plane in planes]
     survey(path, planes, square_grids(planes, args.plane, args.grid, names), scorers, permits, about, earlier)
+    if common.together.get().rank:
+        return
     show(path)
     print(f"written: {path} and pictures")
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import common
 import splits
-from common import UserError, at_least, positive, prunable, random_stream
+from common import UserError, at_least, positive, prunable, random_stream, within
 
 PRESETS = {
     "paper": dict(model="resnet18", width=None, train_images=None, lr=.01, epochs=None, eval_epochs=None),
@@ -79,13 +79,14 @@ def find_masks(model, config, out, data, real=None, start=None, evaluate=()):
     rows, seconds, first = [], read_seconds(out), start["round"] if start else 0
     for number in range(first, config["rounds"] + 1):
         path, began = out / f"r{number}.pt", time.perf_counter()
-        if path.exists():
+        finished = common.first_says(path.exists())
+        if finished:
             ticket = common.load_mask(path, device=next(model.parameters()).device)
         elif number > first:
             ticket = next_ticket(model, ticket, config, data)
         else:
             ticket = first_ticket(model, config, real, start)
-        if not path.exists():
+        if not finished:
             common.save(path, ticket)
             seconds[number] = time.perf_counter() - began
         if number in evaluate and "test_accuracy" not in ticket["results"]:
@@ -93,6 +94,7 @@ def find_masks(model, config, out, data, real=None, start=None, evaluate=()):
             common.save(path, ticket)
         rows.append(row_of(ticket, seconds.get(number, math.nan)))
         common.save_csv(out / "results.csv", rows)
+        common.together.get().step()
     return rows
 
 
@@ -208,21 +210,22 @@ def print_table(rows):
 
 def prepare_folder(out, config, overwrite):
     """Make `out` ready: empty, or holding an earlier part of this very run. Raises UserError naming the difference."""
-    path = out / "config.json"
-    if overwrite:
-        for old in round_files(out) + [out / "results.csv"]:
-            old.unlink(missing_ok=True)
-    elif path.exists():
+    path, other = out / "config.json", ""
+    if path.exists():
         earlier = common.load(path)
         # More rounds continue a run: they do not change the ones that are there.
         keys = sorted((config.keys() | earlier.keys()) - {"rounds"})
-        different = [key for key in keys if config.get(key) != earlier.get(key)]
-        if different:
-            change = ", ".join(f"{key} {earlier.get(key)} -> {config.get(key)}" for key in different)
-            raise UserError(f"{out} holds another run ({change}); choose another --out, or --overwrite")
+        other = ", ".join(f"{key} {earlier.get(key)} -> {config.get(key)}" for key in keys
+                          if config.get(key) != earlier.get(key))
     elif round_files(out):
-        raise UserError(f"{out} holds masks but no config.json; choose another --out, or --overwrite")
+        other = "without a config.json"
+    if other and not overwrite:
+        raise UserError(f"{out} holds another run ({other}); choose another --out, or --overwrite")
+    if other:
+        for old in round_files(out) + [out / "results.csv"]:
+            old.unlink(missing_ok=True)
     common.save(path, config)
+    common.wait()
 
 
 def round_files(folder):
@@ -412,12 +415,13 @@ def parse(argv=None):
     flag("--epochs", type=positive, help="of a pruning round (paper: 1000 distilled and subset, 300 real; quick: as "
                                          "many as show 24000 images, 120000 real ones)")
     flag("--eval-epochs", type=positive, help="of a subnetwork on real data (paper: 300; quick: 120000 images)")
-    flag("--lr", type=float, help="learning rate, times 0.2 at 2/3 and 5/6 of the epochs (paper: 0.01, quick: 0.02)")
-    flag("--momentum", type=float, default=.9, help="(0.9)")
-    flag("--weight-decay", type=float, default=5e-4, help="(0.0005)")
+    flag("--lr", type=within(0),
+         help="learning rate, times 0.2 at 2/3 and 5/6 of the epochs (paper: 0.01, quick: 0.02)")
+    flag("--momentum", type=within(0, 1), default=.9, help="(0.9)")
+    flag("--weight-decay", type=within(0), default=5e-4, help="(0.0005)")
     flag("--batch-size", type=positive, default=64, help="(64)")
     flag("--augment", choices=("dsa", "imagenet", "none"), help="augmentation (dsa; imagenet above 64 pixels)")
-    flag("--cutmix", type=float, help="probability of CutMix (0.5; 1 above 64 pixels)")
+    flag("--cutmix", type=within(0, 1), help="probability of CutMix (0.5; 1 above 64 pixels)")
     flag("--sparse", choices=("auto", "on", "off"), default="auto",
          help="skip pruned weights on a CPU: where it is faster, always or never (auto)")
     flag("--amp", action="store_true", help="train in bfloat16")
@@ -425,6 +429,8 @@ def parse(argv=None):
     flag("--seed", type=int, default=0, help="fixes initialisation, order and augmentation (0)")
     flag("--seeds", type=int, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
     flag("--device", help="(cuda when there is one, else cpu)")
+    flag("--parallel", choices=("seeds", "data"), default="seeds",
+         help="under torchrun: ranks run different seeds, or train together, each on a slice of every batch (seeds)")
     flag = parser.add_argument_group("output").add_argument
     flag("--out", type=Path, default=Path("masks"), help="folder of masks, results.csv, config.json, prune.png (masks)")
     flag("--overwrite", action="store_true", help="replace another run in --out")
@@ -479,19 +485,31 @@ def fill_in_epochs(config, preset, distilled, real):
         raise UserError(f"--rewind {config['rewind']}: real training has only {config['eval_epochs']} epochs")
 
 
+def with_global_batchnorm(model):
+    """`model` with the statistics of BatchNorm over the batches of all ranks. Raises UserError on a CPU."""
+    found = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if found and next(model.parameters()).device.type == "cpu":
+        raise UserError("--parallel data: BatchNorm over several processes needs GPUs; on a CPU take --norm instance")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def run_seed(config, out, args, distilled, real, device):
     """One run of one seed, from the checks to the picture."""
     data = {"distilled": distilled, "real": real and real[0]}.get(config["data"])
     if config["data"] == "subset":
         data = random_subset(real[0], config["ipc"], config["num_classes"], random_stream(config["seed"], "subset"))
     model = common.build_network(config, config["seed"]).to(device)
+    if common.together.get().size > 1:
+        model = with_global_batchnorm(model)
     start = common.load_mask(args.start, config, device) if args.start else None
     if start and {n: m.shape for n, m in start["masks"].items()} != {n: w.shape for n, w in prunable(model).items()}:
         raise UserError(f"{args.start}: its masks are of another network than {config['model']}")
     prepare_folder(out, config, args.overwrite)
     evaluate = range(config["rounds"] + 1) if args.evaluate == [] else args.evaluate or ()
-    print_table(find_masks(model, config, out, data, real, start, evaluate))
-    draw_runs([out], out / "prune.png")
+    rows = find_masks(model, config, out, data, real, start, evaluate)
+    if common.together.get().rank == 0:
+        print_table(rows)
+        draw_runs([out], out / "prune.png")
 
 
 def main(argv=None):
@@ -501,15 +519,18 @@ def main(argv=None):
         return print(f"written: {args.out / 'prune.png'}")
     if args.compare:
         return compare(*args.compare, args.out)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = common.choose_device(args.device)
     preset = args.preset or ("paper" if device.type == "cuda" else "quick")
     config = settings(args, preset)
     needs_real = args.evaluate is not None or config["data"] in ("real", "subset") or config["rewind"]
     distilled, real = load_data(config, args.data_dir, device, needs_real)
     fill_in_epochs(config, preset, distilled, real)
+    if args.parallel == "data" and args.compile:
+        raise UserError("--parallel data with --compile: the ranks meet in the middle of a step; choose one of them")
     print(f"preset {preset} ({'as asked' if args.preset else f'device {device.type}'}): {config['model']} on "
           f"{config['dataset']}, {config['data']} data, {config['rounds']} rounds of {config['epochs']} epochs")
-    for seed in args.seeds or [args.seed]:
+    seeds = args.seeds or [args.seed]
+    for seed in seeds if args.parallel == "data" else common.share(seeds, "rounds of all seeds", config["rounds"] + 1):
         out = args.out / f"seed{seed}" if args.seeds else args.out
         run_seed(config | {"seed": seed}, out, args, distilled, real, device)
     print(f"written: masks, results.csv, config.json and prune.png in {args.out}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import Split, UserError, load, random_stream
+from common import Split, UserError, load, random_stream, together, wait
 
 HERE = Path(__file__).resolve().parent
 
@@ -99,8 +99,13 @@ def read_dataset(place, size, wanted=None):
 def read_npz(path):
     arrays = load(path)
     images, labels = arrays.get("images"), arrays.get("labels")
-    if images is None or labels is None or images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
-        raise UserError(f"{path}: needs `images` (uint8, N x H x W x C) and `labels` (N), has {sorted(arrays)}")
+    if not (images is not None and images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] == images.shape[2]
+            and images.size and labels is not None and labels.dtype.kind in "iu" and labels.shape == images.shape[:1]):
+        raise UserError(f"{path}: needs `images` (uint8, N x H x H x C) and `labels` (N integers), has "
+                        f"{sorted(arrays)}")
+    if labels.min() < 0 or labels.max() >= len(labels):
+        raise UserError(f"{path}: labels from {labels.min()} to {labels.max()} for {len(labels)} images; classes count "
+                        "from 0")
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
 
 
@@ -150,6 +155,8 @@ def download(name, data_dir):
     if name not in makers:
         raise UserError(hint)
     arrays = []
+    if together.get().rank:
+        wait()  # for the first rank, which downloads
     for part, train in (("train", True), ("test", False)):
         which = {"split": part} if name == "svhn" else {"train": train}
         try:
@@ -161,6 +168,8 @@ def download(name, data_dir):
             images = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
         labels = data.labels if name == "svhn" else data.targets
         arrays.append((np.ascontiguousarray(images), np.asarray(labels).astype(np.int64)))
+    if together.get().rank == 0:
+        wait()
     return arrays
 
 
@@ -182,14 +191,14 @@ def load_distilled(path, dataset, ipc, factor=None, device="cpu"):
     settings = next((file for file in beside if file.exists()), None)
     factor = factor or (load(settings).get("factor", 1) if settings and not Path(path).is_dir() else 1)
     shape = (dataset.channels, dataset.image_size, dataset.image_size)
-    if images.shape[1:] != shape:
+    if images.shape[1:] != shape or not len(images):
         held, needed = (" x ".join(map(str, sides)) for sides in (images.shape[1:], shape))
-        raise UserError(f"{path}: images are {held}, the dataset's {needed}")
-    labels = labels.long()
-    counts = torch.bincount(labels, minlength=dataset.num_classes).tolist()
-    if counts != [ipc] * dataset.num_classes:
-        held = f"{len(counts)} classes of {min(counts)} to {max(counts)} images"
+        raise UserError(f"{path}: {len(images)} images are {held}, the dataset's {needed}")
+    images_of = dict(zip(*(part.tolist() for part in labels.unique(return_counts=True))))
+    if images_of != dict.fromkeys(range(dataset.num_classes), ipc):
+        held = f"{len(images_of)} classes of {min(images_of.values())} to {max(images_of.values())} images"
         raise UserError(f"{path}: holds {held}, expected {dataset.num_classes} classes of --ipc {ipc}")
+    images, labels = images.float(), labels.long()
     if not images.isfinite().all():
         raise UserError(f"{path}: holds values that are not finite")
     if raw:
@@ -205,7 +214,7 @@ def load_distilled(path, dataset, ipc, factor=None, device="cpu"):
 
 
 def read_distilled(path, dataset, ipc):
-    """(images float [N, C, H, W], labels [N], whether values are raw, in [0, 1]) of any known format."""
+    """(images [N, C, H, W], labels [N], whether values are raw, in [0, 1]) of any known format."""
     if path.is_dir() and not (path / "images_best.pt").exists():
         images, labels, classes = read_class_folders(path, dataset.image_size)
         return torch.from_numpy(images).float() / 255, torch.from_numpy(labels), True
@@ -213,17 +222,18 @@ def read_distilled(path, dataset, ipc):
         return *read_contact_sheet(path, dataset, ipc), True
     if path.is_dir() or path.name == "images_best.pt":
         folder = path if path.is_dir() else path.parent
-        return load(folder / "images_best.pt").float(), load(folder / "labels_best.pt"), False
-    data = load(path)
-    if isinstance(data, dict) and "data" in data:
-        images, labels = data["data"][-1]
-        return images.float(), labels, False
-    if isinstance(data, (list, tuple)) and torch.is_tensor(data[0]) and data[0].ndim == 4:
-        if data[0].shape[1] != dataset.channels and data[0].shape[3] == dataset.channels:
-            labels = torch.arange(dataset.num_classes).repeat_interleave(len(data[0]) // dataset.num_classes)
-            return data[0].permute(0, 3, 1, 2).float(), labels, False
-        if len(data) == 2 and torch.is_tensor(data[1]) and data[1].shape == data[0].shape[:1]:
-            return data[0].float(), data[1], True
+        data, raw = [load(folder / "images_best.pt"), load(folder / "labels_best.pt")], False
+    else:
+        data, raw = load(path), True
+    if isinstance(data, dict) and isinstance(data.get("data"), list) and data["data"]:
+        data, raw = data["data"][-1], False
+    images, labels = (*data, None, None)[:2] if isinstance(data, (list, tuple)) else (None, None)
+    if torch.is_tensor(images) and images.layout == torch.strided and images.ndim == 4 and not images.is_complex():
+        if images.shape[1] != dataset.channels and images.shape[3] == dataset.channels:  # KIP's labels are no indices
+            labels = torch.arange(dataset.num_classes).repeat_interleave(len(images) // dataset.num_classes)
+            return images.permute(0, 3, 1, 2), labels, False
+        if torch.is_tensor(labels) and labels.shape == images.shape[:1] and not labels.is_floating_point():
+            return images, labels, raw
     raise UserError(f"{path}: not a distilled set of a known format (EDC, DSA/DC/DM, KIP, MTT, PNG class folders or "
                     "contact sheet)")
 

@@ -204,6 +204,17 @@ def measure(path, subnetwork, train, test, settings, out, overwrite=False):
     return result
 
 
+def measure_ahead(jobs, train, test, args):
+    """Under torchrun: the end points, then the lines, shared out over the ranks; the results are found finished."""
+    if common.together.get().size == 1:
+        return
+    jobs = [job for i, job in enumerate(jobs) if job[2] not in [settings for _, _, settings in jobs[:i]]]
+    endpoints.train_ahead(args.out, {path: subnetwork for path, subnetwork, _ in jobs}, train, args.orders,
+                          args.epochs, args.seed, args.from_epoch, args.overwrite)
+    for path, subnetwork, settings in common.share(jobs, "lines of all masks"):
+        measure(path, subnetwork, train, test, settings, args.out)
+
+
 def name_of(path, subnetwork, settings):
     """What tables and legends say about a result."""
     family = common.family(subnetwork["config"]) + ", aligned" * settings["align"]
@@ -433,6 +444,9 @@ def main():
         return summarise(args.summary, args.out)
     subnetworks, train, test = endpoints.load_subnetworks(args.mask + args.compare, args)
     jobs = [(path, subnetwork, settings_of(args, subnetwork, train)) for path, subnetwork in subnetworks.items()]
+    measure_ahead(jobs, train, test, args)
+    if common.together.get().rank:
+        return
     results = []
     for path, subnetwork, settings in jobs:
         twin = next((result for result in results if result["settings"] == settings), None)  # both families' r0
