@@ -104,6 +104,14 @@ def within(least, most=math.inf):
     return parsed
 
 
+def folder(text):
+    """argparse type: the path of a folder that is there or can be made."""
+    path = Path(text)
+    if any(place.is_file() for place in (path, *path.parents)):
+        raise argparse.ArgumentTypeError(f"{text} is not a folder's path: a file is in its place")
+    return path
+
+
 def choose_device(name=None):
     """The torch.device that --device names; CUDA when there is one, else the CPU. Raises UserError."""
     try:
@@ -225,11 +233,14 @@ def all_ranks():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     store, rank, size = next(torch.distributed.rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # a restarted group must not meet the keys of the dead
+        store = torch.distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     # However long one waits for another: when a rank dies, torchrun ends them all.
     torch.distributed.init_process_group(store=store, rank=rank, world_size=size, timeout=timedelta(days=365))
     together.set(Ranks(rank, size, store))
     with silence() if rank else contextlib.nullcontext():
         yield
+    wait()
     torch.distributed.destroy_process_group()
 
 
@@ -269,6 +280,7 @@ def share(items, title, steps=1):
         yield from items
         return
     compiled_ops()  # speaks before the silence
+    left = 0
 
     def step(n=1):
         nonlocal left
@@ -282,10 +294,11 @@ def share(items, title, steps=1):
                 yield items[i]
             step(left)
             ranks.store.set(f"{title} {i}", speech.getvalue())
-        left, others = 0, torch.distributed.all_reduce(torch.zeros(1), async_op=True)
-        while not others.is_completed():
+        others = torch.distributed.all_reduce(torch.zeros(1), async_op=True)
+        while ranks.rank == 0 and not others.is_completed():
             time.sleep(.1)
             step(0)
+        others.wait()
     for i in range(len(items) if ranks.rank == 0 else 0):
         print(ranks.store.get(f"{title} {i}").decode(), end="")
 
@@ -661,6 +674,9 @@ def train(model, split, recipe, generator, mask=None, span=None, momenta=None, p
         loss, accuracy, points = sum(losses) / len(losses), float(hits) / len(split), points + len(split)
         if progress:
             progress(epoch, loss, accuracy)
+    broken = next((name for name, p in zip(names, params) if not p.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{broken} became infinite or NaN in epoch {last - 1}; try a lower --lr than {recipe.lr}")
     return Trained(loss, accuracy, points, momenta)
 
 

@@ -392,7 +392,7 @@ def main():
     flag("--factor", type=positive, help="tiles along a side of a stored image (2; digits 1, imagenet10 3)")
     flag("--method", choices=SETTINGS, help="(idc with CUDA, else dm)")
     flag("--seed", type=int, default=0)
-    flag("--out", type=Path, help="folder (distilled/<dataset>_ipc<ipc>)")
+    flag("--out", type=common.folder, help="folder (distilled/<dataset>_ipc<ipc>)")
     flag("--budget", type=within(0), default=math.inf, metavar="MINUTES", help="stop then, keeping the set so far")
     flag("--device", help="(cuda when there is one, else cpu)")
     flag = parser.add_argument_group("settings of the method", "the defaults are the method's; idc: those of its paper "

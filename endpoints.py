@@ -8,7 +8,6 @@ import itertools
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import common

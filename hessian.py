@@ -704,10 +704,10 @@ def parse(argv=None):
                        help="random weights with exact entries (estimate: 200, brute: all)")
     group.add_argument("--probes", type=common.at_least(3), default=64, help="random vectors of the estimates (64)")
     group.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(float32)")
-    group.add_argument("--endpoints", type=Path, default=Path("runs/stability"), metavar="DIR",
+    group.add_argument("--endpoints", type=common.folder, default=Path("runs/stability"), metavar="DIR",
                        help="trained subnetworks of stability.py, made when missing (runs/stability)")
     group.add_argument("--overwrite", action="store_true", help="replace end points of other settings")
-    group.add_argument("--out", type=Path, default=Path("runs/hessian"), metavar="DIR",
+    group.add_argument("--out", type=common.folder, default=Path("runs/hessian"), metavar="DIR",
                        help="table, picture, diagonals (runs/hessian)")
     args = parser.parse_args(argv)
     args.weights = args.weights or (200 if args.method == "estimate" else None)

@@ -372,9 +372,10 @@ def parse(argv=None):
     plane.add_argument("--extrapolate", action="store_true",
                        help="--bn lerp beyond it; blank if a variance is negative")
     output = parser.add_argument_group("output")
-    output.add_argument("--endpoints", type=Path, default=Path("runs/stability"),
+    output.add_argument("--endpoints", type=common.folder, default=Path("runs/stability"),
                         help="trained models (runs/stability)")
-    output.add_argument("--out", type=Path, default=Path("runs/landscape"), help="folder of results (runs/landscape)")
+    output.add_argument("--out", type=common.folder, default=Path("runs/landscape"),
+                        help="folder of results (runs/landscape)")
     output.add_argument("--overwrite", action="store_true", help="replace another surface and other end points")
     output.add_argument("--basis", action="store_true", help="store the plane's two directions in the npz too")
     output.add_argument("--plot", type=Path, metavar="FILE", help="draw this landscape.npz again, without computing")

@@ -432,7 +432,8 @@ def parse(argv=None):
     flag("--parallel", choices=("seeds", "data"), default="seeds",
          help="under torchrun: ranks run different seeds, or train together, each on a slice of every batch (seeds)")
     flag = parser.add_argument_group("output").add_argument
-    flag("--out", type=Path, default=Path("masks"), help="folder of masks, results.csv, config.json, prune.png (masks)")
+    flag("--out", type=common.folder, default=Path("masks"),
+         help="folder of masks, results.csv, config.json, prune.png (masks)")
     flag("--overwrite", action="store_true", help="replace another run in --out")
     flag("--plot", nargs="+", metavar="DIR", help="draw finished runs together in <out>/prune.png, without training")
     flag("--compare", nargs=2, metavar="DIR", help="overlap of two finished runs' masks in <out>/compare.csv and .png")

@@ -420,7 +420,8 @@ def parse(argv=None):
     line.add_argument("--align", action="store_true", help="relabel units to match first (Ainsworth et al. 2023)")
     line.add_argument("--eval-images", type=at_least(2), metavar="N", help="random N of each split (all)")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, default=Path("runs/stability"), help="folder of results (runs/stability)")
+    output.add_argument("--out", type=common.folder, default=Path("runs/stability"),
+                        help="folder of results (runs/stability)")
     output.add_argument("--overwrite", action="store_true", help="train anew where --out holds other end points")
     output.add_argument("--highlight", type=int, nargs="+", metavar="ROUND", help="thick lines (near 0, 60, 87%%)")
     output.add_argument("--summary", nargs="+", metavar="FILE", help="draw Fig. 6 of results: JSON files, folders")
