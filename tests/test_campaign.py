@@ -1,4 +1,4 @@
-"""The campaign's malformed input (campaign.py), and numbers at the edge of float32. test_prune.py kills and fills disks."""
+"""The campaign's malformed input (campaign.py), and numbers at the edge of float32."""
 import campaign
 import hessian
 import pytest
