@@ -85,8 +85,9 @@ def contents(name, folder):
 
 
 def stamps(name, folder):
-    """{finished round or end point: when it was written}."""
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("runs/**/r*.pt")} if name == "prune" else {}
+    """{finished round: when it was written}; a round is written once when found and once more when evaluated."""
+    rounds = folder.glob("runs/masks/r*.pt") if name == "prune" else ()
+    return {path: path.stat().st_mtime_ns for path in rounds if "test_accuracy" in common.load(path)["results"]}
 
 
 def kill(name, workshop, count, seed=0):
