@@ -233,7 +233,7 @@ def all_ranks():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     store, rank, size = next(torch.distributed.rendezvous("env://"))
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # a restarted group must not meet the keys of the dead
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # a restarted group must not meet its dead self
         store = torch.distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     # However long one waits for another: when a rank dies, torchrun ends them all.
     torch.distributed.init_process_group(store=store, rank=rank, world_size=size, timeout=timedelta(days=365))

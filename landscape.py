@@ -240,7 +240,7 @@ def survey(path, planes, grids, scorers, permits, about, earlier=None):
                         common.save(path, pack(scores, done, about, size))
                         saved = time.monotonic()
             common.save(path, pack(scores, done, about, size))
-            if level[0] >= probes and not done.all() and rank == 0:  # a coarse picture; the caller draws the last
+            if level[0] >= probes and not done.all() and ranks == 1:  # a coarse picture; the caller draws the last
                 draw_surface(pack(scores, done, about, size), path.parent, path.stem)
 
 

@@ -1,7 +1,7 @@
 """Several scripts one after the other in one group of processes: python ranks.py '[["prune", "--data", "real"], ...]'
 
-Under torchrun or without: in a small test, starting Python is what costs most. With --measure every rank prints a line of
-JSON to stderr for the start and for each script: seconds, and calls and bytes that pass through it.
+Under torchrun or without: in a small test, starting Python is what costs most. Every rank prints a line of JSON to
+stderr for the start and for each script: seconds, of the clock and of its CPU and, with --measure, messages.
 """
 import importlib
 import json
@@ -78,22 +78,19 @@ def count_messages(counts):
 
 
 def main(commands, counts, stderr=sys.stderr):
-    def report(name, began=None):
-        seconds = began and time.perf_counter() - began
-        rank = common.together.get().rank
-        print(json.dumps({"name": name, "rank": rank, "seconds": seconds, **counts}) + "\n", end="", file=stderr)
+    for place, (script, *arguments) in enumerate([["start"], *commands]):
+        sys.argv, began, used = [script, *arguments], time.perf_counter(), time.process_time()
+        if arguments:
+            importlib.import_module(script).main()
+        line = {"name": script, "place": place, "rank": common.together.get().rank,
+                "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used, **counts}
+        print(json.dumps(line) + "\n", end="", file=stderr)
         counts.clear()
-
-    report("start")
-    for script, *arguments in commands:
-        sys.argv, began = [script, *arguments], time.perf_counter()
-        importlib.import_module(script).main()
-        report(script, began)
 
 
 if __name__ == "__main__":
     counts = Counter()
-    if measured := sys.argv[1] == "--measure":
+    if sys.argv[1] == "--measure":
         count_messages(counts)
     commands = json.loads(sys.argv[-1])
     common.run(lambda: main(commands, counts))

@@ -139,7 +139,8 @@ def test_killed_rank_is_restarted_and_nothing_is_done_twice(folders, tmp_path):
 
 
 def test_a_mistake_is_said_once(tmp_path):
-    done = subprocess.run([*TORCHRUN, str(ROOT / "prune.py"), "--rate", "2"], cwd=tmp_path, capture_output=True, text=True)
+    command = [*TORCHRUN, str(ROOT / "prune.py"), "--rate", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and done.stderr.count("error: --rate 2: must lie") == 1 and not list(tmp_path.iterdir())
 
 
