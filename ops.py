@@ -29,9 +29,10 @@ from sparse import SparseNetwork, supports, worthwhile
 NAME = "lottery_csrc"
 CSRC = Path(__file__).resolve().parent / "csrc"
 CUDA_ARCHITECTURES = "7.5;8.0;9.0+PTX"
-CPU_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]  # the last lets comparisons into vector loops
+# -fno-trapping-math lets comparisons into vector loops; -Wpsabi warns of vectors passed in calls, which are inlined.
+CPU_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 CUDA_FLAGS = ["-O3"]
-CHUNK = 32  # images whose activations stay in a CPU's cache
+CHUNK = 64  # images that a CPU evaluates at a time, so that their activations stay near
 GROUP = 4  # points of weight space that are evaluated side by side
 
 #############################################
@@ -97,7 +98,8 @@ def build():
     if not CSRC.is_dir():
         raise RuntimeError("no csrc/ beside ops.py, and no extension installed")
     set_cuda_home()
-    from torch.utils import cpp_extension  # reads CUDA_HOME when imported
+    with quietly():
+        from torch.utils import cpp_extension  # reads CUDA_HOME when imported
 
     cuda = torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
@@ -200,8 +202,17 @@ def conv3x3_reference(x, kernel):
     """Convolution with stride 1 and padding 1, x [N, I, H, W], kernel [O, I, 3, 3], I and O multiples of 16, float32.
 
     Op: conv3x3(x, kernel), by Winograd's algorithm: a quarter of the multiplications, about ten times the rounding.
+    Without gradients it also takes conv3x3_kernel(kernel), the kernel made ready once for several calls.
     """
     return F.conv2d(x, kernel, padding=1)
+
+
+def conv3x3_norm_relu_pool_reference(x, kernel, weight, bias, eps=1e-5):
+    """norm_relu_pool of conv3x3, planes of at most 18 tiles of 4 x 4.
+
+    Op: conv3x3_norm_relu_pool(x, conv3x3_kernel(kernel), weight, bias, eps), without gradient.
+    """
+    return norm_relu_pool_reference(conv3x3_reference(x, kernel), weight, bias, eps)
 
 
 def bias_relu_reference(x, bias, shortcut=None):
@@ -241,8 +252,16 @@ def register():
 
     @torch.library.register_fake("lottery::conv3x3")
     def _(x, kernel):
-        shape = (len(x), len(kernel), *x.shape[2:])
+        shape = (len(x), len(kernel) * (16 if kernel.ndim == 3 else 1), *x.shape[2:])
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
+
+    @torch.library.register_fake("lottery::conv3x3_kernel")
+    def _(kernel):
+        return kernel.new_empty(len(kernel) // 16, 36, (kernel.shape[1] + 1) * 16)
+
+    @torch.library.register_fake("lottery::conv3x3_norm_relu_pool")
+    def _(x, kernel, weight, bias, eps):
+        return pooled_like(x, weight, *x.shape[2:])[0]
 
     @torch.library.register_fake("lottery::conv3x3_backward")
     def _(grad, x, kernel):
@@ -294,6 +313,7 @@ class Fused(nn.Module):
         self.model, self.copies = [model], []  # in lists: not submodules
         self.plain = all(type(module) in PLAIN and not has_hooks(module) for module in model.modules())
         self.network = self.view(model)
+        self.readied = [layer for layer in self.network.modules() if hasattr(layer, "ready")]
 
     def view(self, module):
         """`module`, or a twin of it in which the runs of layers that have a fused op are one layer."""
@@ -313,12 +333,21 @@ class Fused(nn.Module):
     def forward(self, x):
         for twin, module in self.copies:
             twin.training = module.training
+        if not torch.is_grad_enabled():
+            for layer in self.readied:  # once for all chunks
+                layer.ready()
         if not self.plain or x.device.type != "cpu":
             return self.network(x)
         x = x.contiguous(memory_format=torch.channels_last)
         if self.model[0].training or torch.is_grad_enabled():
             return self.network(x)
         return torch.cat([self.network(chunk) for chunk in x.split(CHUNK)])
+
+
+def path(model, mask=None, sparse="auto"):
+    """ "sparse" or "dense": which way fused() takes a model with this mask, for the progress line."""
+    wanted = mask and sparse != "off" and supports(model) and (sparse == "on" or worthwhile(model, mask))
+    return "sparse" if wanted else "dense"
 
 
 def fused(model, mask=None, sparse="auto"):
@@ -330,7 +359,7 @@ def fused(model, mask=None, sparse="auto"):
     before it, whose bias the norm cancels and which therefore gets no gradient. In eval mode without gradients
     BatchNorm is folded into the convolution before it, in nn.Sequential and in common's ResNets.
     """
-    if mask and sparse != "off" and supports(model) and (sparse == "on" or worthwhile(model, mask)):
+    if path(model, mask, sparse) == "sparse":
         return SparseNetwork(model, mask)
     parameter = next(model.parameters(), None)
     return Fused(model) if parameter is not None and runs_on(parameter.device.type) else model
@@ -355,14 +384,25 @@ def fuse_layers(layers):
     return fused
 
 
+def suits_winograd(conv):
+    """Whether conv3x3 does what `conv` does, apart from its bias."""
+    return (conv.kernel_size == (3, 3) and conv.stride == conv.dilation == conv.padding == (1, 1) and conv.groups == 1
+            and conv.padding_mode == "zeros" and conv.in_channels % 16 == conv.out_channels % 16 == 0
+            and conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu"))
+
+
 def convolve(conv, x, weight, bias=None):
     """What `conv` does, with this weight and bias; on a CPU by Winograd's algorithm where that is faster."""
-    simple = conv.kernel_size == (3, 3) and conv.stride == conv.dilation == conv.padding == (1, 1) and conv.groups == 1
-    if (simple and bias is None and conv.padding_mode == "zeros" and x.device.type == "cpu" and min(x.shape[2:]) >= 3
-            and x.dtype == weight.dtype == torch.float32 and conv.in_channels % 16 == conv.out_channels % 16 == 0
-            and not torch.is_autocast_enabled("cpu")):
+    if bias is None and suits_winograd(conv) and x.dtype == torch.float32 and min(x.shape[2:]) >= 3:
         return torch.ops.lottery.conv3x3(x, weight)
     return conv._conv_forward(x, weight, bias)
+
+
+def few_tiles(x):
+    """Whether conv3x3_norm_relu_pool takes images of this size."""
+    height, width = x.shape[2:]
+    return min(height, width) >= 3 and -(-height // 4) * -(-width // 4) <= 18
 
 
 def is_instance_norm(norm):
@@ -407,6 +447,11 @@ class ConvBlock(NormBlock):
         self.conv = conv
         simple = conv.groups == 1 and conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
         self.few_channels = simple and conv.weight[0].numel() <= 75 and conv.padding in ((0, 0), (1, 1), (2, 2), (3, 3))
+        self.kernel = None
+
+    def ready(self):
+        winograd = suits_winograd(self.conv) and self.norm.weight.dtype == torch.float32
+        self.kernel = torch.ops.lottery.conv3x3_kernel(self.conv.weight) if winograd else None
 
     def forward(self, x):
         conv, norm = self.conv, self.norm
@@ -414,6 +459,8 @@ class ConvBlock(NormBlock):
         if self.few_channels and x.device.type == "cpu" and same_type and not x.requires_grad:
             op = torch.ops.lottery.conv_norm_relu_pool
             return op(x, conv.weight, norm.weight, norm.bias, conv.padding[0], norm.eps)[0]
+        if self.kernel is not None and not torch.is_grad_enabled() and x.dtype == torch.float32 and few_tiles(x):
+            return torch.ops.lottery.conv3x3_norm_relu_pool(x, self.kernel, norm.weight, norm.bias, norm.eps)
         return super().forward(convolve(conv, x, conv.weight))
 
 
@@ -428,20 +475,29 @@ class FoldedConv(nn.Module):
         super().__init__()
         self.conv, self.norm, self.relu = conv, norm, relu
 
+    def ready(self):
+        """Fold the norm into the convolution's weight and bias."""
+        conv, norm = self.conv, self.norm
+        self.folds = not norm.training and norm.running_mean is not None
+        if self.folds:
+            scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight)
+            bias = (0 if conv.bias is None else conv.bias) - norm.running_mean
+            self.bias = torch.addcmul(torch.zeros_like(bias) if norm.bias is None else norm.bias, bias, scale)
+            self.weight = conv.weight * scale[:, None, None, None]
+            self.winograd = self.relu is not None and suits_winograd(conv)
+            if self.winograd:
+                self.weight = torch.ops.lottery.conv3x3_kernel(self.weight)
+
     def forward(self, x, shortcut=None):
         """relu(norm(conv(x)) + shortcut), or without a ReLU norm(conv(x))."""
         conv, norm = self.conv, self.norm
-        if norm.training or norm.running_mean is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not self.folds:
             y = norm(convolve(conv, x, conv.weight, conv.bias))
             return y if self.relu is None else self.relu(y if shortcut is None else y + shortcut)
-        scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight)
-        bias = (0 if conv.bias is None else conv.bias) - norm.running_mean
-        bias = torch.addcmul(torch.zeros_like(bias) if norm.bias is None else norm.bias, bias, scale)
-        weight = conv.weight * scale[:, None, None, None]
         if self.relu is None:
-            return conv._conv_forward(x, weight, bias)
-        y = convolve(conv, x, weight)
-        torch.ops.lottery.bias_relu_(y, bias.to(y.dtype), shortcut)
+            return conv._conv_forward(x, self.weight, self.bias)
+        y = torch.ops.lottery.conv3x3(x, self.weight) if self.winograd else conv._conv_forward(x, self.weight, None)
+        torch.ops.lottery.bias_relu_(y, self.bias.to(y.dtype), shortcut)
         return y
 
 

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import ops  # noqa: E402
 
 ops.set_cuda_home()
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+with ops.quietly():
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 forced = os.environ.get("FORCE_CUDA")
 cuda = forced == "1" or (CUDA_HOME is not None and forced != "0")

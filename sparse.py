@@ -1,9 +1,9 @@
 """Training and evaluation whose cost falls with the number of surviving weights, on the CPU.
 
-`SparseNetwork(model, mask)` is a view of a ConvNet3 or ResNet: it shares the parameters and buffers and computes the same
-function, but meets only the surviving weights, forward and backward, and norm, ReLU, pooling and residual addition
-happen while the result of a convolution is in the cache. csrc/cpu/sparse.h describes the layout [B, C, H, W, L] in which
-activations travel between the layers.
+`SparseNetwork(model, mask)` is a view of a ConvNet3 or ResNet: it shares the parameters and buffers and computes the
+same function, but meets only the surviving weights, forward and backward, and norm, ReLU, pooling and residual addition
+happen while the result of a convolution is in the cache. csrc/cpu/sparse.h describes the layout [B, C, H, W, L] in
+which activations travel between the layers.
 
 Needs the compiled extension: ops.py imports this file when it has loaded it.
 """
@@ -100,7 +100,7 @@ def worthwhile(model, mask):
     """
     densities = [mask[f"{name}.weight"].float().mean() for name, m in model.named_modules()
                  if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    return bool(torch.stack(densities)[1:].mean() < (.18 if isinstance(model, common.ConvNet3) else .26))
+    return bool(torch.stack(densities)[1:].mean() < (.17 if isinstance(model, common.ConvNet3) else .26))
 
 
 #############################################
@@ -140,7 +140,8 @@ class Stage:
         x, training = blocked(x, self.conv.padding[0]), self.norm.training
         plan = plan_for(self.plans, self.mask, x, self.conv.stride[0], self.conv.padding[0])
         y, mean, variance = sparse_conv(plan, x, self.conv.weight, self.conv.bias, residual=residual and residual.data,
-                                        relu=self.relu, pool=self.pool, halo=self.halo, **norm_arguments(self.norm, training))
+                                        relu=self.relu, pool=self.pool, halo=self.halo,
+                                        **norm_arguments(self.norm, training))
         if training and isinstance(self.norm, nn.BatchNorm2d):
             update_running_statistics(self.norm, mean[0, :, 0], variance, x.images * plan.positions())
         return y
@@ -180,7 +181,8 @@ def max_pool(x):
     """3x3 / 2 on activations that are not negative, so that the halo's zeros never win."""
     b, c, h, w, lanes = x.data.shape
     y = F.max_pool3d(x.data.view(b * c, 1, h, w, lanes), (3, 3, 1), (2, 2, 1))
-    return Blocked(F.pad(y, (0, 0) + (HALO,) * 4).view(b, c, *(s + 2 * HALO for s in y.shape[2:4]), lanes), HALO, x.images)
+    padded = F.pad(y, (0, 0) + (HALO,) * 4)
+    return Blocked(padded.view(b, c, *padded.shape[2:]), HALO, x.images)
 
 
 def global_average_pool(x):
@@ -189,15 +191,16 @@ def global_average_pool(x):
 
 def supports(model):
     """Whether SparseNetwork can be made of a model: float32 on the CPU, and a network whose layers it knows."""
-    first = next(model.parameters())
-    return type(model) in (common.ConvNet3, common.ResNet) and first.dtype == torch.float32 and first.device.type == "cpu"
+    first = next(model.parameters(), None)
+    known = type(model) in (common.ConvNet3, common.ResNet)
+    return known and first.dtype == torch.float32 and first.device.type == "cpu"
 
 
 class SparseNetwork:
     """A view of `model` that computes images [N, C, H, W] -> logits [N, classes], sharing its parameters and buffers.
 
-    `mask` says which weights survive; the others are taken as 0, whatever they are, and get gradient 0. Without gradients
-    the images are taken in chunks that suit the cache.
+    `mask` says which weights survive; the others are taken as 0, whatever they are, and get gradient 0. Without
+    gradients the images are taken in chunks that suit the cache.
     """
 
     def __init__(self, model, mask):
@@ -207,8 +210,8 @@ class SparseNetwork:
             self.stages = [stage(f"conv{i}", f"norm{i}", pool=2, halo=0 if i == 3 else HALO) for i in (1, 2, 3)]
         else:
             self.stages = [stage("conv1", "norm1")] + [max_pool] * hasattr(model, "pool1")
-            self.stages += [residual_block(stage, name, len(module.shortcut) > 0) for name, module in model.named_children()
-                            if isinstance(module, common.BasicBlock)]
+            blocks = {name: module for name, module in model.named_children() if isinstance(module, common.BasicBlock)}
+            self.stages += [residual_block(stage, name, len(block.shortcut) > 0) for name, block in blocks.items()]
             self.stages.append(global_average_pool)
         self.stages.append(Classifier(model.linear, mask["linear.weight"]))
         self.model = model

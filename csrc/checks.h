@@ -182,14 +182,31 @@ inline std::array<int64_t, 2> check_conv_norm_relu_pool(const Tensor& x, const T
   return {height, width};
 }
 
-inline void check_conv3x3(const Tensor& x, const Tensor& kernel) {
-  TORCH_CHECK(
-      x.dim() == 4 && kernel.dim() == 4 && kernel.size(2) == 3 && kernel.size(3) == 3 && kernel.size(1) == x.size(1),
-      "conv3x3: x [N, I, H, W] and kernel [O, I, 3, 3] wanted, got ", x.sizes(), " and ", kernel.sizes());
-  TORCH_CHECK(x.scalar_type() == at::kFloat && kernel.scalar_type() == at::kFloat, "conv3x3: float32 wanted, got ",
-              x.scalar_type(), " and ", kernel.scalar_type());
+inline void check_conv3x3_kernel(const Tensor& kernel) {
+  TORCH_CHECK(kernel.dim() == 4 && kernel.size(2) == 3 && kernel.size(3) == 3,
+              "conv3x3: kernel [O, I, 3, 3] wanted, got ", kernel.sizes());
+  TORCH_CHECK(kernel.scalar_type() == at::kFloat, "conv3x3: float32 wanted, got ", kernel.scalar_type());
   TORCH_CHECK(kernel.size(0) % 16 == 0 && kernel.size(1) % 16 == 0,
               "conv3x3: channels in multiples of 16 wanted, got kernel ", kernel.sizes());
+}
+
+// `kernel`: [O, I, 3, 3], or what conv3x3_kernel makes of one.
+inline void check_conv3x3(const Tensor& x, const Tensor& kernel) {
+  TORCH_CHECK(x.dim() == 4, "conv3x3: x [N, I, H, W] wanted, got ", x.sizes());
+  TORCH_CHECK(x.scalar_type() == at::kFloat, "conv3x3: float32 wanted, got ", x.scalar_type());
+  if (kernel.dim() != 3) check_conv3x3_kernel(kernel);
+  TORCH_CHECK(kernel.scalar_type() == at::kFloat && (kernel.dim() == 3 ? kernel.size(2) == (x.size(1) + 1) * 16
+                                                                      : kernel.size(1) == x.size(1)),
+              "conv3x3: x is [N, I, H, W] ", x.sizes(), ", the kernel does not fit it: ", kernel.sizes());
+}
+
+inline void check_conv3x3_norm_relu_pool(const Tensor& x, const Tensor& kernel, const Tensor& weight,
+                                         const Tensor& bias) {
+  TORCH_CHECK(kernel.dim() == 3, "conv3x3_norm_relu_pool: a kernel from conv3x3_kernel wanted, got ", kernel.sizes());
+  check_conv3x3(x, kernel);
+  check_norm("conv3x3_norm_relu_pool", x, kernel.size(0) * 16, weight, bias);
+  TORCH_CHECK(x.size(2) >= 2 && x.size(3) >= 2, "conv3x3_norm_relu_pool: planes of at least 2 x 2 wanted, got ",
+              x.sizes());
 }
 
 inline void check_bias_relu(const Tensor& x, const Tensor& bias, const std::optional<Tensor>& shortcut) {

@@ -18,7 +18,9 @@ TORCH_LIBRARY_FRAGMENT(lottery, m) {
   m.def(
       "conv_norm_relu_pool_backward(Tensor grad, Tensor x, Tensor kernel, Tensor weight, Tensor bias, Tensor mean, "
       "Tensor rstd, int padding) -> (Tensor, Tensor, Tensor)");
+  m.def("conv3x3_kernel(Tensor kernel) -> Tensor");
   m.def("conv3x3(Tensor x, Tensor kernel) -> Tensor");
   m.def("conv3x3_backward(Tensor grad, Tensor x, Tensor kernel) -> (Tensor, Tensor)");
+  m.def("conv3x3_norm_relu_pool(Tensor x, Tensor kernel, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def("bias_relu_(Tensor(a!) x, Tensor bias, Tensor? shortcut) -> ()");
 }

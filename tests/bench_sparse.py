@@ -40,7 +40,8 @@ def fastest(functions, repeats):
 
 def report(name, sparsity, dense, mine, fused=None):
     also = f"   fused {fused:7.1f} ms {fused / mine:6.2f}x" if fused else ""
-    print(f"{name:22} {sparsity:6.1%}   dense {dense:7.1f} ms   sparse {mine:7.1f} ms {dense / mine:6.2f}x{also}", flush=True)
+    print(f"{name:22} {sparsity:6.1%}   dense {dense:7.1f} ms   sparse {mine:7.1f} ms {dense / mine:6.2f}x{also}",
+          flush=True)
 
 
 def bench_convolution(args):
@@ -105,8 +106,8 @@ def bench_step(args, name):
         steps = []
         for layout in LAYOUTS:
             model, mask = pruned(source, config, sparsity)
-            steps.append(training_step(model.to(memory_format=layout), mask, model, images.to(memory_format=layout), labels,
-                                       common.masked_sgd_))
+            steps.append(training_step(model.to(memory_format=layout), mask, model, images.to(memory_format=layout),
+                                       labels, common.masked_sgd_))
         for choice in ("auto", "off"):
             model, mask = pruned(source, config, sparsity)
             steps.append(training_step(model, mask, ops.fused(model, mask, choice), images, labels, ops.masked_sgd_))
@@ -135,8 +136,8 @@ def bench_points(args):
         def points(choice):
             return lambda: common.evaluate_points(model, [a, b], coefficients, [split], mask, sparse=choice)
 
-        *dense, mine, fused = fastest([*(lambda layout=layout: eager(layout) for layout in LAYOUTS), points("auto"), points("off")],
-                                      max(1, args.repeats // 2))
+        ways = [*(lambda layout=layout: eager(layout) for layout in LAYOUTS), points("auto"), points("off")]
+        *dense, mine, fused = fastest(ways, max(1, args.repeats // 2))
         report("11 points convnet3", sparsity, min(dense), mine, fused)
 
 

@@ -264,6 +264,19 @@ def test_conv3x3_and_gradient(device, images, channels_in, channels, height, wid
         close(one, other, 2e-4)
 
 
+@pytest.mark.parametrize("images, channels_in, channels, height, width",
+                         [(5, 16, 48, 8, 8), (3, 32, 16, 7, 13), (4, 16, 32, 16, 16)])
+def test_conv3x3_norm_relu_pool(images, channels_in, channels, height, width):
+    x, kernel = torch.randn(images, channels_in, height, width), torch.randn(channels, channels_in, 3, 3)
+    arguments = x, torch.ops.lottery.conv3x3_kernel(kernel), *affine(channels, "cpu", torch.float32), 1e-5
+    wanted = ops.conv3x3_norm_relu_pool_reference(x.double(), kernel.double(), *(t.double() for t in arguments[2:4]))
+    close(torch.ops.lottery.conv3x3_norm_relu_pool(*arguments), wanted, 1e-4)
+    assert torch.equal(torch.ops.lottery.conv3x3(x, arguments[1]), torch.ops.lottery.conv3x3(x, kernel))
+    assert len(torch.ops.lottery.conv3x3_norm_relu_pool(x[:0], *arguments[1:])) == 0
+    opcheck("conv3x3_norm_relu_pool", *arguments)
+    opcheck("conv3x3_kernel", kernel)
+
+
 def test_conv3x3_by_hand(device):
     kernel = torch.zeros(16, 16, 3, 3, device=device)
     kernel[:, 0, 0, 2] = 1  # output [y, x] = input [y - 1, x + 1] of channel 0

@@ -15,7 +15,8 @@ import common
 import ops
 import sparse
 
-pytestmark = pytest.mark.skipif(os.environ.get("LOTTERY_OPS") == "fallback" or not ops.load(), reason="needs the extension")
+pytestmark = pytest.mark.skipif(os.environ.get("LOTTERY_OPS") == "fallback" or not ops.load(),
+                                reason="needs the extension")
 
 # in, out, height, width, kernel, stride, padding, batch: every kind of layer, odd sizes, batches that fill no vector
 LAYERS = [(5, 7, 9, 6, 3, 1, 1, 3), (5, 7, 9, 6, 3, 2, 1, 9), (6, 4, 8, 8, 1, 1, 0, 8), (6, 4, 7, 8, 1, 2, 0, 2),
@@ -64,7 +65,8 @@ def test_convolution_and_its_gradients_are_the_dense_ones(shape, density):
 
 def test_gradient_of_a_surviving_weight_that_is_zero():
     plan, mask, x, weight, bias = layer(5, 7, 9, 6, 3, 1, 1, 3, .3)
-    _, gradient = with_gradients(lambda w: sparse.unblocked(sparse.sparse_conv(plan, sparse.blocked(x, 1), w)[0]), weight * 0)
+    _, gradient = with_gradients(lambda w: sparse.unblocked(sparse.sparse_conv(plan, sparse.blocked(x, 1), w)[0]),
+                                 weight * 0)
     assert torch.equal(gradient != 0, mask)
 
 
@@ -137,7 +139,8 @@ def test_bits_do_not_depend_on_threads(model, norm):
         torch.set_num_threads(threads)
         try:
             y = sparse.SparseNetwork(network, mask)(images)
-            results.append([y, *torch.autograd.grad(y.square().sum(), [p for p in network.parameters() if p.dim() == 4])])
+            weights = [p for p in network.parameters() if p.dim() == 4]
+            results.append([y, *torch.autograd.grad(y.square().sum(), weights)])
         finally:
             torch.set_num_threads(1)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
@@ -150,6 +153,7 @@ def test_auto_stays_dense_where_little_is_pruned():
     network, mask = ticket("convnet3", "instance", 32, density=.1)
     assert isinstance(ops.fused(network, mask), sparse.SparseNetwork)
     assert isinstance(ops.fused(network, mask, "off"), ops.Fused)
+    assert ops.path(network, mask) == "sparse" and ops.path(network, mask, "off") == ops.path(network) == "dense"
     assert isinstance(ops.fused(network.double(), mask), ops.Fused)
 
 
@@ -183,6 +187,7 @@ def test_points_of_weight_space():
 
 @pytest.mark.skipif("LOTTERY_SPARSE_ISA" in os.environ, reason="runs inside itself")
 def test_portable_kernels():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__], capture_output=True,
-                          text=True, env=os.environ | {"LOTTERY_SPARSE_ISA": "portable"}, cwd=Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+                          env=os.environ | {"LOTTERY_SPARSE_ISA": "portable"}, cwd=Path(__file__).parent.parent,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

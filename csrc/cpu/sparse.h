@@ -49,7 +49,8 @@ struct Pointwise {
 struct Kernels {
   int64_t lanes;
 
-  // dst[r, y, x] = bias[r] + sum over list r of value * src[offset + y * stride rows + x * stride columns], first <= r < last.
+  // dst[r, y, x] = bias[r] + sum over list r of value * src[offset + y * stride rows + x * stride columns],
+  // first <= r < last.
   void (*gather)(Grid<const float> src, int64_t stride, Grid<float> dst, int64_t height, int64_t width, Walk walk,
                  const float* bias, int64_t first, int64_t last);
 

@@ -1,8 +1,8 @@
 // Sparse convolution with the norm, ReLU, pooling and residual addition behind it, forward and backward.
 //
 // A SparseConv is built once per mask and image size: it lists the surviving weights in the orders in which the three
-// passes meet them. See sparse.h for the layout [B, C, H, W, L]; activations carry a halo of zeros around H x W, so that
-// no kernel ever tests for a border. Results do not depend on the number of threads: every sum has one owner.
+// passes meet them. See sparse.h for the layout [B, C, H, W, L]; activations carry a halo of zeros around H x W, so
+// that no kernel ever tests for a border. Results do not depend on the number of threads: every sum has one owner.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/custom_class.h>
@@ -41,7 +41,8 @@ const Kernels& kernels() {
     if (has_avx512 && (isa.empty() || isa == "avx512")) return avx512;
     if (has_avx2 && (isa.empty() || isa == "avx2")) return avx2;
 #endif
-    TORCH_CHECK(isa.empty() || isa == "portable", "LOTTERY_SPARSE_ISA=", isa, ": this processor has no such instructions");
+    TORCH_CHECK(isa.empty() || isa == "portable", "LOTTERY_SPARSE_ISA=", isa,
+                ": this processor has no such instructions");
     return portable;
   }();
   return chosen;
@@ -234,7 +235,8 @@ struct SparseConv : torch::CustomClassHolder {
 
   void check(const Tensor& x) const {
     TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.dim() == 5 && x.sizes() == in.sizes(x.size(0)),
-                "x should be contiguous float32 ", in.sizes(x.dim() ? x.size(0) : 0), ", got ", x.scalar_type(), " ", x.sizes());
+                "x should be contiguous float32 ", in.sizes(x.dim() ? x.size(0) : 0), ", got ", x.scalar_type(), " ",
+                x.sizes());
   }
 
   Tensor& scratch(Tensor& kept, std::vector<int64_t> sizes) {
@@ -283,8 +285,10 @@ struct Affine {
   }
 };
 
-// Batch statistics from per-lane means and squared deviations (Chan et al. 1979), written back over both: mean and rstd.
-void batch_statistics(Tensor& mean, Tensor& deviation, Tensor& variance, int64_t images, int64_t positions, double eps) {
+// Batch statistics from per-lane means and squared deviations (Chan et al. 1979), written back over both: mean and
+// rstd.
+void batch_statistics(Tensor& mean, Tensor& deviation, Tensor& variance, int64_t images, int64_t positions,
+                      double eps) {
   const int64_t B = mean.size(0), O = mean.size(1), L = lanes();
   float *m = mean.data_ptr<float>(), *d = deviation.data_ptr<float>();
   for (int64_t o = 0; o < O; o++) {
@@ -307,11 +311,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_forward(
     bool relu, int64_t pool, int64_t halo, int64_t images, bool keep) {
   SparseConv& c = *conv;
   c.check(x);
-  TORCH_CHECK(weight.sizes() == c.weight_sizes && weight.is_contiguous(), "weight should be ", c.weight_sizes, ", got ", weight.sizes());
+  TORCH_CHECK(weight.sizes() == c.weight_sizes && weight.is_contiguous(), "weight should be ", c.weight_sizes,
+              ", got ", weight.sizes());
   const int64_t B = x.size(0), O = c.out.channels, L = lanes(), positions = c.out.height * c.out.width;
   const Layout after{O, c.out.height / pool, c.out.width / pool, halo};
   TORCH_CHECK(!residual || (residual->sizes() == after.sizes(B) && residual->is_contiguous() && pool == 1),
-              "residual should be ", after.sizes(B), " without pooling, got ", residual ? residual->sizes() : at::IntArrayRef());
+              "residual should be ", after.sizes(B), " without pooling, got ",
+              residual ? residual->sizes() : at::IntArrayRef());
   Tensor y = at::empty(after.sizes(B), x.options());
   Tensor mean = at::zeros({B, O, L}, x.options()), rstd = at::ones({B, O, L}, x.options());
   Tensor variance = at::empty({norm == kBatch ? O : 0}, x.options());
@@ -319,10 +325,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_forward(
   const bool plain = norm == kAffine && !gamma && !relu && pool == 1 && !residual;
   const bool whole = norm == kBatch || (keep && !plain && c.nonzero() > kCheapWeights * O);
   Tensor z = at::empty({whole ? B : 0, O, c.z_plane}, x.options());
-  float* scratch = whole || plain ? nullptr : c.scratch(c.z_scratch, {at::get_num_threads(), part, c.z_plane}).data_ptr<float>();
+  float* scratch = whole || plain
+                       ? nullptr
+                       : c.scratch(c.z_scratch, {at::get_num_threads(), part, c.z_plane}).data_ptr<float>();
   c.forward_lists.read(weight.const_data_ptr<float>());
   const float *xp = x.const_data_ptr<float>(), *add = data(residual);
-  float *yp = y.data_ptr<float>(), *zp = z.data_ptr<float>(), *mp = mean.data_ptr<float>(), *rp = rstd.data_ptr<float>();
+  float *yp = y.data_ptr<float>(), *zp = z.data_ptr<float>();
+  float *mp = mean.data_ptr<float>(), *rp = rstd.data_ptr<float>();
 
   auto finish = [&](int64_t b, int64_t o, const float* plane) {
     const int64_t i = b * O + o;
@@ -336,8 +345,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_forward(
     const float* source = xp + b * c.in.channels * c.in.plane();
     if (plain) {
       for (int64_t o = first; o < last; o++) after.zero_halo(yp + (b * O + o) * after.plane());
-      return kernels().gather({source, c.in.plane(), c.in.row(), L}, c.stride, c.grid(yp + b * O * after.plane(), after),
-                              c.out.height, c.out.width, c.forward_lists.walk(), data(bias), first, last);
+      return kernels().gather({source, c.in.plane(), c.in.row(), L}, c.stride,
+                              c.grid(yp + b * O * after.plane(), after), c.out.height, c.out.width,
+                              c.forward_lists.walk(), data(bias), first, last);
     }
     float* planes = whole ? zp + (b * O + first) * c.z_plane : scratch + thread * part * c.z_plane;
     c.convolve(source, planes, data(bias), first, last);
@@ -376,13 +386,14 @@ void batch_sums(Tensor& sums, int64_t images) {
 // Gradients of x (empty unless wanted), weight, bias, gamma, beta and residual (empty without).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     const c10::intrusive_ptr<SparseConv>& conv, const Tensor& dy, const Tensor& x, const Tensor& y, const Tensor& z,
-    const Tensor& mean, const Tensor& rstd, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& gamma,
-    const OptionalTensor& beta, bool residual, int64_t norm, bool relu, int64_t pool, int64_t halo, int64_t images,
-    bool wants_input) {
+    const Tensor& mean, const Tensor& rstd, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& gamma, const OptionalTensor& beta, bool residual, int64_t norm, bool relu, int64_t pool,
+    int64_t halo, int64_t images, bool wants_input) {
   SparseConv& c = *conv;
   const int64_t B = x.size(0), O = c.out.channels, C = c.in.channels, L = lanes(), H = c.out.height, W = c.out.width;
   const Layout after{O, H / pool, W / pool, halo};
-  TORCH_CHECK(dy.sizes() == after.sizes(B) && dy.is_contiguous(), "dy should be contiguous ", after.sizes(B), ", got ", dy.sizes());
+  TORCH_CHECK(dy.sizes() == after.sizes(B) && dy.is_contiguous(), "dy should be contiguous ", after.sizes(B),
+              ", got ", dy.sizes());
   const int64_t parts = c.parts(B), part = ceil_div(O, parts), threads = at::get_num_threads();
   const bool plain = norm == kAffine && !gamma && !relu && pool == 1 && !residual, whole = z.numel() > 0;
   Tensor dx = wants_input ? at::empty_like(x) : Tensor(), g = residual ? at::empty_like(dy) : Tensor();
@@ -411,7 +422,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     kernels().backward_sums(plane, {H, W, pool, relu, affine.scale, affine.shift}, mp + i * L,
                             c.grid(dyp + i * after.plane(), after),
                             residual ? c.grid(yp + i * after.plane(), after) : Grid<const float>{},
-                            residual ? c.grid(gp + i * after.plane(), after) : Grid<float>{}, sum0 + i * L, sum1 + i * L);
+                            residual ? c.grid(gp + i * after.plane(), after) : Grid<float>{}, sum0 + i * L,
+                            sum1 + i * L);
   };
   auto apply = [&](int64_t i, const float* plane, float* to) {
     Affine affine = affine_of(i);
@@ -425,7 +437,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     }
     kernels().backward(plane, {H, W, pool, relu, affine.scale, affine.shift}, mp + i * L, slope, offset,
                        c.grid(dyp + i * after.plane(), after),
-                       residual ? c.grid(static_cast<const float*>(gp) + i * after.plane(), after) : Grid<const float>{},
+                       residual ? c.grid(static_cast<const float*>(gp) + i * after.plane(), after)
+                                : Grid<const float>{},
                        c.grid(to, c.out));
   };
 
@@ -466,8 +479,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
           Grid<float> into = c.grid(to, c.in);
           into.data += py * into.row + px * into.step;
           into.row *= c.stride, into.step *= c.stride;
-          kernels().gather({dz + j * O * c.dz_plane, c.dz_plane, c.out.row(), L}, 1, into, ceil_div(c.in.height - py, c.stride),
-                           ceil_div(c.in.width - px, c.stride), c.input_lists.walk(p), nullptr, first, last);
+          kernels().gather({dz + j * O * c.dz_plane, c.dz_plane, c.out.row(), L}, 1, into,
+                           ceil_div(c.in.height - py, c.stride), ceil_div(c.in.width - px, c.stride),
+                           c.input_lists.walk(p), nullptr, first, last);
         }
       });
     }

@@ -59,7 +59,8 @@ static void weight_grad_tile(const float* src, int64_t src_row, const float* gra
                              float* sum) {
   for (int64_t k = quads.shared; k < quads.any; k += 4) {
     const float* a = src + quads.source[k];
-    const float* g[4] = {grad + quads.grad[k], grad + quads.grad[k + 1], grad + quads.grad[k + 2], grad + quads.grad[k + 3]};
+    const float* g[4] = {grad + quads.grad[k], grad + quads.grad[k + 1], grad + quads.grad[k + 2],
+                         grad + quads.grad[k + 3]};
     vec even[4] = {}, odd[4] = {};
     UNROLL for (int i = 0; i < TY; i++)
       UNROLL for (int j = 0; j < TX; j++) {
@@ -71,8 +72,10 @@ static void weight_grad_tile(const float* src, int64_t src_row, const float* gra
     *(vec4*)(sum + k) += sums_of(even);
   }
   for (int64_t k = quads.any; k < quads.end; k += 4) {
-    const float* a[4] = {src + quads.source[k], src + quads.source[k + 1], src + quads.source[k + 2], src + quads.source[k + 3]};
-    const float* g[4] = {grad + quads.grad[k], grad + quads.grad[k + 1], grad + quads.grad[k + 2], grad + quads.grad[k + 3]};
+    const float* a[4] = {src + quads.source[k], src + quads.source[k + 1], src + quads.source[k + 2],
+                         src + quads.source[k + 3]};
+    const float* g[4] = {grad + quads.grad[k], grad + quads.grad[k + 1], grad + quads.grad[k + 2],
+                         grad + quads.grad[k + 3]};
     vec s[4] = {};
     UNROLL for (int i = 0; i < TY; i++)
       UNROLL for (int j = 0; j < TX; j++)
@@ -126,12 +129,13 @@ static void gather(Grid<const float> src, int64_t stride, Grid<float> dst, int64
 }
 
 template <int S>
-static void weight_grad_stride(const Grid<const float>& src, const Grid<const float>& grad, int64_t height, int64_t width,
-                               const Quads* quads, int64_t count, float* sum) {
+static void weight_grad_stride(const Grid<const float>& src, const Grid<const float>& grad, int64_t height,
+                               int64_t width, const Quads* quads, int64_t count, float* sum) {
   for_each_tile(height, width, [&](auto ty, auto tx, int64_t y, int64_t x) {
     for (int64_t i = 0; i < count; i++)
       weight_grad_tile<decltype(ty)::value, decltype(tx)::value, S>(
-          src.data + y * S * src.row + x * S * LANES, src.row, grad.data + y * grad.row + x * LANES, grad.row, quads[i], sum);
+          src.data + y * S * src.row + x * S * LANES, src.row, grad.data + y * grad.row + x * LANES, grad.row, quads[i],
+          sum);
   });
 }
 

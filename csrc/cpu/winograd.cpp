@@ -6,198 +6,264 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "clones.h"
+#include "norm_group.h"
 
 namespace lottery {
 namespace {
 
 constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
-constexpr int kPoints = 36, kGroup = 16;
+constexpr int kPoints = 36;
 constexpr int kTiles = 18;      // whose V stays in a core's second-level cache, forward
 constexpr int kGradTiles = 48;  // that share a pass over dU, backward
 
 typedef float Vec __attribute__((vector_size(32), aligned(4)));
 constexpr int kVec = 8;
 
-// ---- one-dimensional transforms of elements a, a + stride, ... ----
-template <class V>
-INLINE void input_transform(const V* d, int stride, V* out, int out_stride) {  // B': 6 -> 6
-  const V d0 = d[0], d1 = d[stride], d2 = d[2 * stride], d3 = d[3 * stride], d4 = d[4 * stride], d5 = d[5 * stride];
-  const V even = d4 - 4 * d2, odd = d3 - 4 * d1, even2 = d4 - d2, odd2 = 2 * (d3 - d1);
-  out[0] = 4 * d0 - 5 * d2 + d4;
-  out[out_stride] = even + odd;
-  out[2 * out_stride] = even - odd;
-  out[3 * out_stride] = even2 + odd2;
-  out[4 * out_stride] = even2 - odd2;
-  out[5 * out_stride] = 4 * d1 - 5 * d3 + d5;
+// The distance between the 36 points' matrices of so many floats: keeps them out of each other's cache sets.
+constexpr int64_t spread(int64_t floats) { return floats + kGroup; }
+
+INLINE Vec load(const float* p) { return *(const Vec*)p; }
+INLINE void store(float* p, Vec v) { *(Vec*)p = v; }
+
+// ---- one-dimensional transforms ----
+INLINE void input_transform(const Vec* d, Vec* out) {  // B': 6 -> 6
+  const Vec even = d[4] - 4 * d[2], odd = d[3] - 4 * d[1], even2 = d[4] - d[2], odd2 = 2 * (d[3] - d[1]);
+  out[0] = 4 * d[0] - 5 * d[2] + d[4];
+  out[1] = even + odd;
+  out[2] = even - odd;
+  out[3] = even2 + odd2;
+  out[4] = even2 - odd2;
+  out[5] = 4 * d[1] - 5 * d[3] + d[5];
 }
 
-template <class V>
-INLINE void output_transform(const V* m, int stride, V* out, int out_stride) {  // A': 6 -> 4
-  const V sum = m[stride] + m[2 * stride], difference = m[stride] - m[2 * stride];
-  const V sum2 = m[3 * stride] + m[4 * stride], difference2 = m[3 * stride] - m[4 * stride];
+INLINE void output_transform(const Vec* m, Vec* out) {  // A': 6 -> 4
+  const Vec sum = m[1] + m[2], difference = m[1] - m[2], sum2 = m[3] + m[4], difference2 = m[3] - m[4];
   out[0] = m[0] + sum + sum2;
-  out[out_stride] = difference + 2 * difference2;
-  out[2 * out_stride] = sum + 4 * sum2;
-  out[3 * out_stride] = difference + 8 * difference2 + m[5 * stride];
+  out[1] = difference + 2 * difference2;
+  out[2] = sum + 4 * sum2;
+  out[3] = difference + 8 * difference2 + m[5];
 }
 
-template <class V>
-INLINE void output_adjoint(const V* g, int stride, V* out, int out_stride) {  // A: 4 -> 6
-  const V g0 = g[0], g1 = g[stride], g2 = g[2 * stride], g3 = g[3 * stride];
-  const V even = g0 + g2, odd = g1 + g3, even2 = g0 + 4 * g2, odd2 = 2 * g1 + 8 * g3;
-  out[0] = g0;
-  out[out_stride] = even + odd;
-  out[2 * out_stride] = even - odd;
-  out[3 * out_stride] = even2 + odd2;
-  out[4 * out_stride] = even2 - odd2;
-  out[5 * out_stride] = g3;
+INLINE void output_adjoint(const Vec* g, Vec* out) {  // A: 4 -> 6
+  const Vec even = g[0] + g[2], odd = g[1] + g[3], even2 = g[0] + 4 * g[2], odd2 = 2 * g[1] + 8 * g[3];
+  out[0] = g[0];
+  out[1] = even + odd;
+  out[2] = even - odd;
+  out[3] = even2 + odd2;
+  out[4] = even2 - odd2;
+  out[5] = g[3];
 }
 
-template <class V>
-INLINE void kernel_transform(const V* g, int stride, V* out, int out_stride) {  // G: 3 -> 6
-  const V g0 = g[0], g1 = g[stride], g2 = g[2 * stride];
-  const V even = (g0 + g2) * (1 / 6.f), odd = g1 * (1 / 6.f), even2 = g0 * (1 / 24.f) + g2 * (1 / 6.f),
-          odd2 = g1 * (1 / 12.f);
-  out[0] = g0 * .25f;
-  out[out_stride] = -even - odd;
-  out[2 * out_stride] = odd - even;
-  out[3 * out_stride] = even2 + odd2;
-  out[4 * out_stride] = even2 - odd2;
-  out[5 * out_stride] = g2;
+INLINE void kernel_transform(const Vec* g, Vec* out) {  // G: 3 -> 6
+  const Vec even = (g[0] + g[2]) * (1 / 6.f), odd = g[1] * (1 / 6.f), even2 = g[0] * (1 / 24.f) + g[2] * (1 / 6.f),
+            odd2 = g[1] * (1 / 12.f);
+  out[0] = g[0] * .25f;
+  out[1] = -even - odd;
+  out[2] = odd - even;
+  out[3] = even2 + odd2;
+  out[4] = even2 - odd2;
+  out[5] = g[2];
 }
 
-template <class V>
-INLINE void kernel_adjoint(const V* u, int stride, V* out, int out_stride) {  // G': 6 -> 3
-  const V sum = u[stride] + u[2 * stride], difference = u[2 * stride] - u[stride];
-  const V sum2 = u[3 * stride] + u[4 * stride], difference2 = u[3 * stride] - u[4 * stride];
+INLINE void kernel_adjoint(const Vec* u, Vec* out) {  // G': 6 -> 3
+  const Vec sum = u[1] + u[2], difference = u[2] - u[1], sum2 = u[3] + u[4], difference2 = u[3] - u[4];
   out[0] = .25f * u[0] - sum * (1 / 6.f) + sum2 * (1 / 24.f);
-  out[out_stride] = difference * (1 / 6.f) + difference2 * (1 / 12.f);
-  out[2 * out_stride] = (sum2 - sum) * (1 / 6.f) + u[5 * stride];
+  out[1] = difference * (1 / 6.f) + difference2 * (1 / 12.f);
+  out[2] = (sum2 - sum) * (1 / 6.f) + u[5];
+}
+
+// The transform of a square's columns, then of its rows: read(i, j) of kFrom x kFrom, write(i, j, value) of kTo x kTo.
+template <auto transform, int kFrom, int kTo, class Read, class Write>
+INLINE void both_ways(const Read& read, const Write& write) {
+  Vec half[kTo][kFrom], from[kFrom], to[kTo];
+  UNROLL for (int j = 0; j < kFrom; ++j) {
+    UNROLL for (int i = 0; i < kFrom; ++i) from[i] = read(i, j);
+    transform(from, to);
+    UNROLL for (int i = 0; i < kTo; ++i) half[i][j] = to[i];
+  }
+  UNROLL for (int i = 0; i < kTo; ++i) {
+    transform(half[i], to);
+    UNROLL for (int j = 0; j < kTo; ++j) write(i, j, to[j]);
+  }
 }
 
 // ---- tiles ----
 struct Tiles {  // of activations [N, H, W, C]: tile i covers 4x4 outputs
-  int64_t height, width, across, count;
+  int64_t height, width, channels, down, across, count;
 
   Tiles(const Tensor& x)
-      : height(x.size(2)), width(x.size(3)), across((width + 3) / 4), count(x.size(0) * ((height + 3) / 4) * across) {}
+      : height(x.size(2)), width(x.size(3)), channels(x.size(1)), down((height + 3) / 4), across((width + 3) / 4),
+        count(x.size(0) * down * across) {}
 
-  // The first row, counted through all images, and the first row and column in the image.
-  INLINE void place(int64_t i, int64_t& image_row, int64_t& y, int64_t& x) const {
-    const int64_t down = (height + 3) / 4, image = i / (down * across), rest = i % (down * across);
-    y = rest / across * 4;
-    x = rest % across * 4;
-    image_row = image * height;
+  // at[i * size + j]: the channels of position (i, j) of tile t, which begins `border` before its outputs; `outside`
+  // where that is not in the image.
+  template <int size, class T>
+  INLINE void find(T* x, int64_t t, int border, T* outside, T** at) const {
+    const int64_t image = t / (down * across), rest = t % (down * across);
+    const int64_t top = rest / across * 4 - border, left = rest % across * 4 - border;
+    for (int i = 0; i < size; ++i)
+      for (int j = 0; j < size; ++j) {
+        const int64_t y = top + i, z = left + j;
+        const bool inside = y >= 0 && y < height && z >= 0 && z < width;
+        at[i * size + j] = inside ? x + ((image * height + y) * width + z) * channels : outside;
+      }
   }
 };
 
-// V[point, t, c] of tiles first, first + 1, ...; points lie `pitch` apart. kSize 6: B' d B of the tile with its border;
-// kSize 4: A dy A' of the tile itself.
-template <int kSize>
-INLINE void transform_tiles(const float* x, const Tiles& tiles, int64_t channels, int64_t first, int count, float* v,
+// V[point, t, c] of tiles first, first + 1, ...; points lie `pitch` apart. size 6: B' d B of the tile with its border;
+// size 4: A dy A' of the tile itself.
+template <int size>
+INLINE void transform_tiles(const float* x, const Tiles& tiles, int64_t first, int count, const float* zeros, float* v,
                             int64_t pitch) {
-  constexpr int border = (kSize - 4) / 2;
+  constexpr auto transform = size == 6 ? input_transform : output_adjoint;
   for (int t = 0; t < count; ++t) {
-    int64_t image_row, top, left;
-    tiles.place(first + t, image_row, top, left);
-    for (int64_t c = 0; c < channels; c += kVec) {
-      Vec d[kSize * kSize], rows[6 * kSize], out[kPoints];
-      for (int i = 0; i < kSize; ++i)
-        for (int j = 0; j < kSize; ++j) {
-          const int64_t y = top + i - border, z = left + j - border;
-          const bool inside = y >= 0 && y < tiles.height && z >= 0 && z < tiles.width;
-          d[i * kSize + j] = inside ? *(const Vec*)(x + ((image_row + y) * tiles.width + z) * channels + c) : Vec{};
-        }
-      for (int j = 0; j < kSize; ++j)
-        kSize == 6 ? input_transform(d + j, kSize, rows + j, kSize) : output_adjoint(d + j, kSize, rows + j, kSize);
-      for (int i = 0; i < 6; ++i)
-        kSize == 6 ? input_transform(rows + i * kSize, 1, out + 6 * i, 1)
-                   : output_adjoint(rows + i * kSize, 1, out + 6 * i, 1);
-      for (int p = 0; p < kPoints; ++p) *(Vec*)(v + p * pitch + t * channels + c) = out[p];
-    }
-  }
-}
-
-// y's 16 channels from c on, of tiles first, ..., from M[point, t, 16]
-INLINE void store_tiles(const float* m, const Tiles& tiles, int64_t channels, int64_t c, int64_t first, int count,
-                        float* y) {
-  for (int t = 0; t < count; ++t) {
-    int64_t image_row, top, left;
-    tiles.place(first + t, image_row, top, left);
-    for (int half = 0; half < kGroup; half += kVec) {
-      Vec in[kPoints], rows[4 * 6], out[16];
-      for (int p = 0; p < kPoints; ++p) in[p] = *(const Vec*)(m + (p * kTiles + t) * kGroup + half);
-      for (int j = 0; j < 6; ++j) output_transform(in + j, 6, rows + j, 6);
-      for (int i = 0; i < 4; ++i) output_transform(rows + 6 * i, 1, out + 4 * i, 1);
-      for (int i = 0; i < 4 && top + i < tiles.height; ++i)
-        for (int j = 0; j < 4 && left + j < tiles.width; ++j)
-          *(Vec*)(y + ((image_row + top + i) * tiles.width + left + j) * channels + c + half) = out[4 * i + j];
-    }
+    const float* at[size * size];
+    tiles.find<size>(x, first + t, (size - 4) / 2, zeros, at);
+    for (int64_t c = 0; c < tiles.channels; c += kVec)
+      both_ways<transform, size, 6>([&](int i, int j) INLINE_LAMBDA { return load(at[i * size + j] + c); },
+                                    [&](int i, int j, Vec value) INLINE_LAMBDA {
+                                      store(v + (6 * i + j) * pitch + t * tiles.channels + c, value);
+                                    });
   }
 }
 
 // ---- matrix products held in registers ----
-// m[6 rows, 16] = v[6 rows, k] u[k, 16]
+// m[rows, 16] = v[rows, k] u[k, 16]
+template <int rows>
 INLINE void multiply(const float* v, int64_t k, const float* u, float* m) {
-  Vec sum[6][2] = {};
+  Vec sum[rows][2] = {};
   for (int64_t i = 0; i < k; ++i) {
-    const Vec low = *(const Vec*)(u + i * kGroup), high = *(const Vec*)(u + i * kGroup + kVec);
-    for (int r = 0; r < 6; ++r) sum[r][0] += v[r * k + i] * low, sum[r][1] += v[r * k + i] * high;
+    const Vec low = load(u + i * kGroup), high = load(u + i * kGroup + kVec);
+    UNROLL for (int r = 0; r < rows; ++r) sum[r][0] += v[r * k + i] * low, sum[r][1] += v[r * k + i] * high;
   }
-  for (int r = 0; r < 6; ++r) *(Vec*)(m + r * kGroup) = sum[r][0], *(Vec*)(m + r * kGroup + kVec) = sum[r][1];
+  UNROLL for (int r = 0; r < rows; ++r) store(m + r * kGroup, sum[r][0]), store(m + r * kGroup + kVec, sum[r][1]);
 }
 
 // du[4 rows, 16] += v[t, 4 rows]' dm[t, 16]
 INLINE void accumulate(const float* v, int64_t v_pitch, const float* dm, int64_t dm_pitch, int count, float* du,
                        int64_t du_pitch) {
   Vec sum[4][2];
-  for (int r = 0; r < 4; ++r) sum[r][0] = *(Vec*)(du + r * du_pitch), sum[r][1] = *(Vec*)(du + r * du_pitch + kVec);
+  UNROLL for (int r = 0; r < 4; ++r) sum[r][0] = load(du + r * du_pitch), sum[r][1] = load(du + r * du_pitch + kVec);
   for (int t = 0; t < count; ++t) {
-    const Vec low = *(const Vec*)(dm + t * dm_pitch), high = *(const Vec*)(dm + t * dm_pitch + kVec);
-    for (int r = 0; r < 4; ++r) sum[r][0] += v[t * v_pitch + r] * low, sum[r][1] += v[t * v_pitch + r] * high;
+    const Vec low = load(dm + t * dm_pitch), high = load(dm + t * dm_pitch + kVec);
+    UNROLL for (int r = 0; r < 4; ++r) sum[r][0] += v[t * v_pitch + r] * low, sum[r][1] += v[t * v_pitch + r] * high;
   }
-  for (int r = 0; r < 4; ++r) *(Vec*)(du + r * du_pitch) = sum[r][0], *(Vec*)(du + r * du_pitch + kVec) = sum[r][1];
+  UNROLL for (int r = 0; r < 4; ++r) store(du + r * du_pitch, sum[r][0]), store(du + r * du_pitch + kVec, sum[r][1]);
 }
 
-// u[point, in, 16] of the kernel's 16 outputs; its element (out, in, tap) lies at out * out_stride + in * in_stride +
-// tap
-CLONES void transform_kernels(const float* kernel, int64_t out_stride, int64_t in_stride, bool flipped, int64_t inputs,
-                              float* u) {
+struct Kernel {  // a [out, in, 3, 3] tensor and its strides
+  const float* data;
+  int64_t out, in, row, column;
+
+  // The kernel of the gradient for the input: outputs and inputs change places, taps are mirrored.
+  Kernel(const Tensor& k, bool transposed)
+      : data(k.const_data_ptr<float>()), out(k.stride(0)), in(k.stride(1)), row(k.stride(2)), column(k.stride(3)) {
+    if (!transposed) return;
+    std::swap(out, in);
+    data += 2 * (row + column);
+    row = -row, column = -column;
+  }
+};
+
+// u[point, in, 16] of the kernel's 16 outputs from `first` on
+CLONES void transform_kernels(Kernel kernel, int64_t first, int64_t inputs, float* u) {
+  const int64_t pitch = spread(inputs * kGroup);
   for (int64_t in = 0; in < inputs; ++in)
     for (int half = 0; half < kGroup; half += kVec) {
-      Vec g[9], rows[6 * 3], out[kPoints];
-      for (int tap = 0; tap < 9; ++tap)
-        for (int lane = 0; lane < kVec; ++lane)
-          g[tap][lane] = kernel[(half + lane) * out_stride + in * in_stride + (flipped ? 8 - tap : tap)];
-      for (int j = 0; j < 3; ++j) kernel_transform(g + j, 3, rows + j, 3);
-      for (int i = 0; i < 6; ++i) kernel_transform(rows + 3 * i, 1, out + 6 * i, 1);
-      for (int p = 0; p < kPoints; ++p) *(Vec*)(u + (p * inputs + in) * kGroup + half) = out[p];
+      const float* g = kernel.data + (first + half) * kernel.out + in * kernel.in;
+      both_ways<kernel_transform, 3, 6>(
+          [&](int i, int j) INLINE_LAMBDA {
+            Vec v;
+            for (int lane = 0; lane < kVec; ++lane) v[lane] = g[lane * kernel.out + i * kernel.row + j * kernel.column];
+            return v;
+          },
+          [&](int i, int j, Vec v) INLINE_LAMBDA { store(u + (6 * i + j) * pitch + in * kGroup + half, v); });
     }
+  for (int p = 0; p < kPoints; ++p) std::fill_n(u + p * pitch + inputs * kGroup, kGroup, 0.f);  // between two points
 }
 
-CLONES void convolve_block(const float* x, const Tiles& tiles, int64_t inputs, int64_t outputs, const float* u,
-                           int64_t first, int count, float* v, float* m, float* y) {
-  const int64_t pitch = kTiles * inputs + kGroup;  // keeps the 36 points out of each other's cache sets
-  transform_tiles<6>(x, tiles, inputs, first, count, v, pitch);
+struct Scratch {  // a thread's
+  Tensor v, m, zeros, trash, planes;
+
+  Scratch(const Tensor& x, int64_t outputs, int64_t positions = 0)
+      : v(at::empty({kPoints * spread(kTiles * x.size(1))}, x.options())),
+        m(at::empty({kPoints * kTiles * kGroup}, x.options())), zeros(at::zeros({x.size(1)}, x.options())),
+        trash(at::empty({outputs}, x.options())), planes(at::empty({positions * kGroup}, x.options())) {}
+};
+
+// The convolution at `count` tiles from `first` on, 16 output channels at a time: those from c on at position k of tile
+// t go to to[16 * t + k] + c * step, then finish(c) is called. While it multiplies, it fetches what it writes and reads
+// next.
+template <class Finish>
+INLINE void convolve_tiles(const float* x, const Tiles& tiles, const float* u, int64_t outputs, int64_t first,
+                           int count, const Scratch& scratch, float* const* to, int64_t step, const Finish& finish) {
+  float *v = scratch.v.mutable_data_ptr<float>(), *m = scratch.m.mutable_data_ptr<float>();
+  const float* zeros = scratch.zeros.const_data_ptr<float>();
+  const int64_t inputs = tiles.channels, pitch = spread(kTiles * inputs), u_pitch = spread(inputs * kGroup);
+  transform_tiles<6>(x, tiles, first, count, zeros, v, pitch);
+  const float* next[kTiles * 16];
+  for (int t = 0; t < count; ++t)
+    tiles.find<4>(x, std::min(first + count + t, tiles.count - 1), 0, zeros, next + 16 * t);
   for (int64_t c = 0; c < outputs; c += kGroup) {
-    for (int p = 0; p < kPoints; ++p)
-      for (int t = 0; t < kTiles; t += 6)
-        multiply(v + p * pitch + t * inputs, inputs, u + (c * kPoints + p * kGroup) * inputs,
-                 m + (p * kTiles + t) * kGroup);
-    store_tiles(m, tiles, outputs, c, first, count, y);
+    for (int p = 0; p < kPoints; ++p, u += u_pitch) {
+      for (int i = p * count * 16 / kPoints; i < (p + 1) * count * 16 / kPoints; ++i) {
+        __builtin_prefetch(to[i] + c * step, 1);
+        if (c < inputs) __builtin_prefetch(next[i] + c);
+      }
+      const float* in = v + p * pitch;
+      float* out = m + p * kTiles * kGroup;
+      int t = 0;
+      for (; t + 4 < count; t += 6) multiply<6>(in + t * inputs, inputs, u, out + t * kGroup);
+      if (t < count) multiply<4>(in + t * inputs, inputs, u, out + t * kGroup);
+    }
+    for (int t = 0; t < count; ++t)
+      for (int half = 0; half < kGroup; half += kVec)
+        both_ways<output_transform, 6, 4>(
+            [&](int i, int j) INLINE_LAMBDA { return load(m + ((6 * i + j) * kTiles + t) * kGroup + half); },
+            [&](int i, int j, Vec v) INLINE_LAMBDA { store(to[16 * t + 4 * i + j] + c * step + half, v); });
+    finish(c);
   }
 }
 
-CLONES void gradient_block(const float* x, const float* grad, const Tiles& tiles, int64_t inputs, int64_t outputs,
-                           int64_t first, int count, float* v, float* dm, float* du) {
-  const int64_t pitch = kGradTiles * inputs + kGroup, dm_pitch = kGradTiles * outputs + kGroup;
-  transform_tiles<6>(x, tiles, inputs, first, count, v, pitch);
-  transform_tiles<4>(grad, tiles, outputs, first, count, dm, dm_pitch);
+CLONES void convolve_block(const float* x, const Tiles& tiles, const float* u, int64_t first, int count,
+                           const Scratch& scratch, float* y, const Tiles& results) {
+  float* to[kTiles * 16];
+  for (int t = 0; t < count; ++t)
+    results.find<4>(y, first + t, 0, scratch.trash.mutable_data_ptr<float>(), to + 16 * t);
+  convolve_tiles(x, tiles, u, results.channels, first, count, scratch, to, 1, [](int64_t) INLINE_LAMBDA {});
+}
+
+// Whole images: their 16 planes stay in the cache until they are normalised and pooled.
+CLONES void convolve_norm_block(const float* x, const Tiles& tiles, const float* u, int64_t outputs,
+                                int64_t first_image, int images, const Scratch& scratch, Affine<float> affine,
+                                float eps, float* pooled) {
+  const Plane plane{tiles.height, tiles.width};
+  const int64_t size = plane.height * plane.width, pooled_size = plane.height / 2 * (plane.width / 2);
+  const int per_image = int(tiles.down * tiles.across), count = images * per_image;
+  float *planes = scratch.planes.mutable_data_ptr<float>(), *to[kTiles * 16];
+  Tiles results = tiles;
+  results.channels = kGroup;
+  for (int t = 0; t < count; ++t) results.find<4>(planes, t, 0, scratch.trash.mutable_data_ptr<float>(), to + 16 * t);
+  convolve_tiles(x, tiles, u, outputs, first_image * per_image, count, scratch, to, 0, [&](int64_t c) INLINE_LAMBDA {
+    for (int i = 0; i < images; ++i) {
+      float mean[kGroup], rstd[kGroup];
+      statistics(planes + i * size * kGroup, kGroup, plane, kGroup, eps, mean, rstd);
+      normalise_and_pool(planes + i * size * kGroup, kGroup, plane, kGroup, mean, rstd,
+                         Affine<float>{affine.weight + c, affine.bias + c},
+                         pooled + (first_image + i) * pooled_size * outputs + c, outputs);
+    }
+  });
+}
+
+CLONES void gradient_block(const float* x, const float* grad, const Tiles& tiles, const Tiles& results, int64_t first,
+                           int count, const float* zeros, float* v, float* dm, float* du) {
+  const int64_t inputs = tiles.channels, outputs = results.channels;
+  const int64_t pitch = spread(kGradTiles * inputs), dm_pitch = spread(kGradTiles * outputs);
+  transform_tiles<6>(x, tiles, first, count, zeros, v, pitch);
+  transform_tiles<4>(grad, results, first, count, zeros, dm, dm_pitch);
   for (int p = 0; p < kPoints; ++p)
     for (int64_t c = 0; c < outputs; c += kGroup)
       for (int64_t in = 0; in < inputs; in += 4)
@@ -208,37 +274,54 @@ CLONES void gradient_block(const float* x, const float* grad, const Tiles& tiles
 // dkernel[out, in, 9] from the sum of `parts` du[point, in, out], for one `in`
 CLONES void kernel_gradient(const float* du, int64_t parts, int64_t inputs, int64_t outputs, int64_t in,
                             float* dkernel) {
-  for (int64_t c = 0; c < outputs; c += kVec) {
-    Vec u[kPoints] = {}, rows[3 * 6], out[9];
-    for (int64_t part = 0; part < parts; ++part)
-      for (int p = 0; p < kPoints; ++p) u[p] += *(const Vec*)(du + ((part * kPoints + p) * inputs + in) * outputs + c);
-    for (int j = 0; j < 6; ++j) kernel_adjoint(u + j, 6, rows + j, 6);
-    for (int i = 0; i < 3; ++i) kernel_adjoint(rows + 6 * i, 1, out + 3 * i, 1);
-    for (int lane = 0; lane < kVec; ++lane)
-      for (int tap = 0; tap < 9; ++tap) dkernel[((c + lane) * inputs + in) * 9 + tap] = out[tap][lane];
-  }
+  for (int64_t c = 0; c < outputs; c += kVec)
+    both_ways<kernel_adjoint, 6, 3>(
+        [&](int i, int j) INLINE_LAMBDA {
+          Vec sum = {};
+          for (int64_t part = 0; part < parts; ++part)
+            sum += load(du + ((part * kPoints + 6 * i + j) * inputs + in) * outputs + c);
+          return sum;
+        },
+        [&](int i, int j, Vec value) INLINE_LAMBDA {
+          for (int lane = 0; lane < kVec; ++lane) dkernel[((c + lane) * inputs + in) * 9 + 3 * i + j] = value[lane];
+        });
 }
 
 // ---- ops ----
-// `transposed`: the convolution's gradient for its input instead
-Tensor convolve(const Tensor& x_, const Tensor& kernel_, bool transposed) {
-  const Tensor x = x_.contiguous(kChannelsLast), kernel = kernel_.contiguous();
-  const int64_t inputs = x.size(1), outputs = kernel.size(transposed ? 1 : 0);
-  const int64_t out_stride = transposed ? 9 : inputs * 9, in_stride = transposed ? outputs * 9 : 9;
-  Tensor y = at::empty({x.size(0), outputs, x.size(2), x.size(3)}, x.options(), kChannelsLast);
-  Tensor transformed = at::empty({outputs, kPoints, inputs}, x.options());
-  const float *in = x.const_data_ptr<float>(), *k = kernel.const_data_ptr<float>();
-  float *out = y.mutable_data_ptr<float>(), *u = transformed.mutable_data_ptr<float>();
+// u [out / 16, point, spread(in x 16)]; `transposed` for the convolution's gradient for its input
+Tensor transform(const Tensor& kernel, bool transposed) {
+  const int64_t inputs = kernel.size(transposed ? 0 : 1), outputs = kernel.size(transposed ? 1 : 0);
+  Tensor u = at::empty({outputs / kGroup, kPoints, spread(inputs * kGroup)}, kernel.options());
+  float* to = u.mutable_data_ptr<float>();
   at::parallel_for(0, outputs / kGroup, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin * kGroup; c < end * kGroup; c += kGroup)
-      transform_kernels(k + c * out_stride, out_stride, in_stride, transposed, inputs, u + c * kPoints * inputs);
+    for (int64_t i = begin; i < end; ++i)
+      transform_kernels(Kernel(kernel, transposed), i * kGroup, inputs, to + i * u.stride(0));
   });
-  const Tiles tiles(x);
-  at::parallel_for(0, (tiles.count + kTiles - 1) / kTiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> v(kPoints * (kTiles * inputs + kGroup)), m(kPoints * kTiles * kGroup);
-    for (int64_t i = begin * kTiles; i < std::min(end * kTiles, tiles.count); i += kTiles)
-      convolve_block(in, tiles, inputs, outputs, u, i, int(std::min<int64_t>(kTiles, tiles.count - i)), v.data(),
-                     m.data(), out);
+  return u;
+}
+
+// Cuts `count` into blocks of at most `most`, as many for each thread. A thread calls start(), and what that returns
+// with the first and last + 1 of each of its blocks.
+template <class F>
+void for_each_block(int64_t count, int64_t most, const F& start) {
+  const int64_t threads = at::get_num_threads(), blocks = (count + most * threads - 1) / (most * threads) * threads;
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const auto work = start();
+    for (int64_t i = begin; i < end; ++i)
+      if (i * count / blocks < (i + 1) * count / blocks) work(i * count / blocks, (i + 1) * count / blocks);
+  });
+}
+
+Tensor convolve(const Tensor& x_, const Tensor& u) {
+  const Tensor x = x_.contiguous(kChannelsLast);
+  Tensor y = at::empty({x.size(0), u.size(0) * kGroup, x.size(2), x.size(3)}, x.options(), kChannelsLast);
+  const Tiles tiles(x), results(y);
+  const float *in = x.const_data_ptr<float>(), *kernel = u.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  for_each_block(tiles.count, kTiles, [&] {
+    return [&, scratch = Scratch(x, y.size(1))](int64_t first, int64_t last) {
+      convolve_block(in, tiles, kernel, first, int(last - first), scratch, out, results);
+    };
   });
   return y;
 }
@@ -246,20 +329,23 @@ Tensor convolve(const Tensor& x_, const Tensor& kernel_, bool transposed) {
 Tensor kernel_gradient(const Tensor& grad, const Tensor& x_, const Tensor& kernel) {
   const Tensor x = x_.contiguous(kChannelsLast);
   const int64_t inputs = x.size(1), outputs = kernel.size(0);
-  const Tiles tiles(x);
+  const Tiles tiles(x), results(grad);
   const int64_t blocks = (tiles.count + kGradTiles - 1) / kGradTiles;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(blocks, at::get_num_threads()));
   Tensor du = at::zeros({parts, kPoints, inputs, outputs}, x.options()),
          dkernel = at::empty(kernel.sizes(), kernel.options());
+  const Tensor zeros = at::zeros({std::max(inputs, outputs)}, x.options());
   const float *in = x.const_data_ptr<float>(), *g = grad.const_data_ptr<float>();
   float *sums = du.mutable_data_ptr<float>(), *out = dkernel.mutable_data_ptr<float>();
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> v(kPoints * (kGradTiles * inputs + kGroup)), dm(kPoints * (kGradTiles * outputs + kGroup));
+    Tensor v = at::empty({kPoints * spread(kGradTiles * inputs)}, x.options());
+    Tensor dm = at::empty({kPoints * spread(kGradTiles * outputs)}, x.options());
     for (int64_t part = begin; part < end; ++part)
       for (int64_t i = part * blocks / parts * kGradTiles;
            i < std::min((part + 1) * blocks / parts * kGradTiles, tiles.count); i += kGradTiles)
-        gradient_block(in, g, tiles, inputs, outputs, i, int(std::min<int64_t>(kGradTiles, tiles.count - i)), v.data(),
-                       dm.data(), sums + part * kPoints * inputs * outputs);
+        gradient_block(in, g, tiles, results, i, int(std::min<int64_t>(kGradTiles, tiles.count - i)),
+                       zeros.const_data_ptr<float>(), v.mutable_data_ptr<float>(), dm.mutable_data_ptr<float>(),
+                       sums + part * kPoints * inputs * outputs);
   });
   at::parallel_for(0, inputs, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernel_gradient(sums, parts, inputs, outputs, i, out);
@@ -267,21 +353,49 @@ Tensor kernel_gradient(const Tensor& grad, const Tensor& x_, const Tensor& kerne
   return dkernel;
 }
 
+Tensor conv3x3_kernel(const Tensor& kernel) {
+  check_conv3x3_kernel(kernel);
+  return transform(kernel, false);
+}
+
 Tensor conv3x3(const Tensor& x, const Tensor& kernel) {
   check_conv3x3(x, kernel);
-  return convolve(x, kernel, false);
+  return convolve(x, kernel.dim() == 3 ? kernel.contiguous() : transform(kernel, false));
+}
+
+Tensor conv3x3_norm_relu_pool(const Tensor& x_, const Tensor& kernel, const Tensor& weight_, const Tensor& bias_,
+                              double eps) {
+  check_conv3x3_norm_relu_pool(x_, kernel, weight_, bias_);
+  const Tensor x = x_.contiguous(kChannelsLast), u = kernel.contiguous(), weight = weight_.contiguous(),
+               bias = bias_.contiguous();
+  const Tiles tiles(x);
+  const int64_t outputs = weight.size(0), most = kTiles / (tiles.down * tiles.across);
+  TORCH_CHECK(most > 0, "conv3x3_norm_relu_pool: at most ", kTiles, " tiles of 4 x 4 wanted, got ", x.sizes());
+  Tensor pooled = at::empty({x.size(0), outputs, x.size(2) / 2, x.size(3) / 2}, x.options(), kChannelsLast);
+  const float *in = x.const_data_ptr<float>(), *k = u.const_data_ptr<float>();
+  const Affine<float> affine{weight.const_data_ptr<float>(), bias.const_data_ptr<float>()};
+  float* out = pooled.mutable_data_ptr<float>();
+  for_each_block(x.size(0), most, [&] {
+    return [&, scratch = Scratch(x, kGroup, most * x.size(2) * x.size(3))](int64_t first, int64_t last) {
+      convolve_norm_block(in, tiles, k, outputs, first, int(last - first), scratch, affine, float(eps), out);
+    };
+  });
+  return pooled;
 }
 
 std::tuple<Tensor, Tensor> conv3x3_backward(const Tensor& grad_, const Tensor& x, const Tensor& kernel) {
   check_conv3x3(x, kernel);
+  TORCH_CHECK(kernel.dim() == 4, "conv3x3: a transformed kernel has no gradient");
   const Tensor grad = grad_.contiguous(kChannelsLast);
-  return {convolve(grad, kernel, true), kernel_gradient(grad, x, kernel)};
+  return {convolve(grad, transform(kernel, true)), kernel_gradient(grad, x, kernel)};
 }
 
 }  // namespace
 }  // namespace lottery
 
 TORCH_LIBRARY_IMPL(lottery, CPU, m) {
+  m.impl("conv3x3_kernel", &lottery::conv3x3_kernel);
   m.impl("conv3x3", &lottery::conv3x3);
   m.impl("conv3x3_backward", &lottery::conv3x3_backward);
+  m.impl("conv3x3_norm_relu_pool", &lottery::conv3x3_norm_relu_pool);
 }
