@@ -57,6 +57,17 @@ def test_the_sheet_and_data_pt_hold_the_same_set(tmp_path):
     assert torch.equal(sheet.labels, data.labels)
 
 
+def test_one_channel_of_28_pixels_keeps_its_shape(tmp_path):
+    real, config = digits("dm", channels=1, image_size=28, ipc=1, factor=3)
+    images = F.interpolate(real.images[:200].float(), size=(28, 28)).byte()
+    distill.distill(common.Split(images, real.labels[:200], (.13,), (.31,)), config, tmp_path)
+    stored, labels = common.load(tmp_path / "data.pt")
+    assert stored.shape == (10, 1, 28, 28) and labels.tolist() == list(range(10))
+    common.save(tmp_path / "config.json", config)
+    for name in ("data.pt", "sheet.png"):
+        assert len(splits.load_distilled(tmp_path / name, DATASETS["mnist"], 1)) == 10 * 9
+
+
 # ---------------------------------------------------------------- matching
 
 
