@@ -29,16 +29,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-MASK = ["--mask", "masks/r3.pt", "--epochs", "40"]
+MASK = ["--mask", "masks/r3.pt", "--epochs", "20"]
 ENDPOINTS = ["--endpoints", "runs", "--out", "runs"]
 PRUNE = ["prune.py", "--dataset", "digits", "--data", "real", "--width", "8", "--epochs", "10", "--eval-epochs", "10",
          "--train-images", "400", "--rounds", "5", "--evaluate", "--out"]
 COMMANDS = {  # with what they write that must be the same bytes whatever happened before
     "prune": (PRUNE + ["runs/masks"], "r*.pt"),
     "stability": (["stability.py", *MASK, "--out", "runs"], "masks/*"),
-    "landscape": (["landscape.py", *MASK, "--grid", "61", "--orders", "3", *ENDPOINTS], "*.npz"),
-    "hessian": (["hessian.py", *MASK, "--batch", "100", "--batches", "6", *ENDPOINTS], "masks/*"),
-    "distill": (["distill.py", "--dataset", "digits", "--ipc", "2", "--outer", "150", "--repeats", "0",
+    "landscape": (["landscape.py", *MASK, "--grid", "31", "--orders", "3", *ENDPOINTS], "*.npz"),
+    "hessian": (["hessian.py", *MASK, "--batch", "100", "--batches", "3", *ENDPOINTS], "masks/*"),
+    "distill": (["distill.py", "--dataset", "digits", "--ipc", "2", "--outer", "80", "--repeats", "0",
                  "--out", "runs"], "data.pt"),
 }
 LAUNCH = [sys.executable]
