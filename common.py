@@ -253,9 +253,9 @@ def silence(speech=None):
 
 
 @contextlib.contextmanager
-def alone(*options):
+def alone(**options):
     """Here a rank works for itself, as one process would."""
-    before = together.set(Ranks(0, 1, None, *options))
+    before = together.set(Ranks(**options))
     try:
         yield
     finally:
@@ -290,7 +290,7 @@ def share(items, title, steps=1):
     with tqdm(total=len(items) * steps, desc=title, disable=None, leave=False) as bar:
         for i in range(ranks.rank, len(items), ranks.size):
             left, speech = steps, io.StringIO()
-            with alone(step), silence(speech):
+            with alone(step=step), silence(speech):
                 yield items[i]
             step(left)
             ranks.store.set(f"{title} {i}", speech.getvalue())
