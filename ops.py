@@ -30,7 +30,8 @@ NAME = "lottery_csrc"
 CSRC = Path(__file__).resolve().parent / "csrc"
 CUDA_ARCHITECTURES = "7.5;8.0;9.0+PTX"
 # -fno-trapping-math lets comparisons into vector loops; -Wpsabi warns of vectors passed in calls, which are inlined.
-CPU_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+THREADS = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is a plain loop without
+CPU_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *THREADS]
 CUDA_FLAGS = ["-O3"]
 CHUNK = 64  # images that a CPU evaluates at a time, so that their activations stay near
 GROUP = 4  # points of weight space that are evaluated side by side
@@ -109,7 +110,8 @@ def build():
         if not library.exists() or outdated(library):
             print(f"csrc: building in {folder}, once, about {'5 min' if cuda else '1 min'}", file=sys.stderr)
             cpp_extension.load(NAME, [str(CSRC.parent / file) for file in sources(cuda)], extra_cflags=CPU_FLAGS,
-                               extra_cuda_cflags=CUDA_FLAGS, build_directory=str(folder), is_python_module=False)
+                               extra_ldflags=THREADS, extra_cuda_cflags=CUDA_FLAGS, build_directory=str(folder),
+                               is_python_module=False)
     return library
 
 

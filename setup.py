@@ -20,6 +20,7 @@ forced = os.environ.get("FORCE_CUDA")
 cuda = forced == "1" or (CUDA_HOME is not None and forced != "0")
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ops.CUDA_ARCHITECTURES)
 extension = (CUDAExtension if cuda else CppExtension)(
-    ops.NAME, ops.sources(cuda), extra_compile_args={"cxx": ops.CPU_FLAGS, "nvcc": ops.CUDA_FLAGS})
+    ops.NAME, ops.sources(cuda), extra_compile_args={"cxx": ops.CPU_FLAGS, "nvcc": ops.CUDA_FLAGS},
+    extra_link_args=ops.THREADS)
 setup(name="lottery-csrc", version="1", py_modules=[], ext_modules=[extension],
       cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)})

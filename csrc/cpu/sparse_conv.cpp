@@ -259,11 +259,11 @@ struct SparseConv : torch::CustomClassHolder {
   }
 };
 
-// Calls work(block, first, last, thread) for every block and part of `channels`.
+// Calls work(block, first, last, thread) for every block and part of `channels`, thread < at::get_num_threads().
 template <typename Work>
 void parallel(int64_t blocks, int64_t parts, int64_t channels, Work work) {
-  const int64_t size = ceil_div(channels, parts);
-  at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t size = ceil_div(channels, parts), share = ceil_div(blocks * parts, at::get_num_threads());
+  at::parallel_for(0, blocks * parts, share, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t first = i % parts * size;
       if (first < channels) work(i / parts, first, std::min(channels, first + size), at::get_thread_num());
