@@ -33,6 +33,8 @@ def subnetwork_flags(parser):
                        help="its normalisation (convnet3: instance, resnet: batch)")
     group.add_argument("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
     group.add_argument("--epochs", type=positive, help="of training on real data (the mask's eval_epochs, else 60)")
+    group.add_argument("--sparse", choices=("auto", "on", "off"),
+                       help="skip pruned weights on a CPU: where it is faster, always or never (auto)")
     group.add_argument("--seed", type=int, help="of the data orders (the mask file's)")
     group.add_argument("--device", help="(cuda when there is one, else cpu)")
 
@@ -77,6 +79,8 @@ def load_subnetworks(paths, args):
                 raise UserError(f"{path} has {key} {two}, {first_path} {one}; give masks of one network and dataset")
     if args.dataset not in (None, first["config"]["dataset"]):
         raise UserError(f"{first_path} is of dataset {first['config']['dataset']}, not --dataset {args.dataset}")
+    for subnetwork in subnetworks.values():
+        subnetwork["config"] |= {"sparse": args.sparse} if args.sparse else {}
     return subnetworks, *splits.load_real(dict(first["config"]), args.data_dir, device)
 
 
@@ -116,7 +120,8 @@ def endpoint(folder, mask_path, subnetwork, split, order, epochs=None, seed=None
     last, ending = (shared, f"_epoch{shared}.pt") if order is None else (recipe.epochs, f"_order{order}.pt")
     path = result_path(folder, mask_path, ending)
     identity = {"format": ENDPOINT_FORMAT, "mask_sha": fingerprint(subnetwork), "order": order, "seed": seed,
-                "shared": shared, "images": len(split), **recipe._asdict()}
+                "shared": shared, "images": len(split),
+                **recipe._replace(sparse="auto")._asdict()}  # how zeros are skipped changes no more than rounding
     point = common.load(path, split.labels.device) if path.exists() else {}
     different = next((key for key in identity if point.get(key) != identity[key]), None)
     if point and different and not overwrite:

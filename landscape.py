@@ -244,9 +244,9 @@ def survey(path, planes, grids, scorers, permits, about, earlier=None):
                 draw_surface(pack(scores, done, about, size), path.parent, path.stem)
 
 
-def score_points(model, plane, mask, split, refresh, coefficients):
+def score_points(model, plane, mask, split, refresh, sparse, coefficients):
     """Scores [K] of points on `split`; `refresh`, a split, gives BatchNorm's statistics at each. `model` is scratch."""
-    rows = common.evaluate_points(model, plane.states, coefficients.tolist(), [split], mask, refresh)
+    rows = common.evaluate_points(model, plane.states, coefficients.tolist(), [split], mask, refresh, sparse=sparse)
     return [row[0] for row in rows]
 
 
@@ -451,7 +451,8 @@ def main():
     has_batchnorm = any(name.endswith("running_var") for name in model.state_dict())
     refresh = splits.fixed_subset(train, 1000, "batchnorm") if has_batchnorm and args.bn == "recompute" else None
     split = splits.fixed_subset(split, args.eval_images, "evaluate")
-    scorers = [partial(score_points, model, plane, subnetwork["masks"], split, refresh)
+    scorers = [partial(score_points, model, plane, subnetwork["masks"], split, refresh,
+                       subnetwork["config"].get("sparse", "auto"))
                for plane, subnetwork in zip(planes, subnetworks.values())]
     permits = [partial(allowed, plane, args.bn, args.extrapolate) for plane in planes]
     survey(path, planes, square_grids(planes, args.plane, args.grid, names), scorers, permits, about, earlier)

@@ -55,7 +55,7 @@ def barriers(pair):
             for name in ("train_loss", "train_error", "test_loss", "test_error")}
 
 
-def walk(model, a, b, splits, points, mask=None, refresh=None):
+def walk(model, a, b, splits, points, mask=None, refresh=None, sparse="auto"):
     """{"<train|test>_<loss|loss_se|accuracy|error>": [points]} along the line from state `a` to state `b`.
 
     splits = (train, test); loss_se is the standard error of the mean loss. `mask` is applied at every point; None for
@@ -64,7 +64,7 @@ def walk(model, a, b, splits, points, mask=None, refresh=None):
     """
     coefficients = [(1 - alpha, alpha) for alpha in np.linspace(0, 1, points)]
     with tqdm(total=points, desc="the line", unit="point", disable=None, leave=False) as bar:
-        line = common.evaluate_points(model, [a, b], coefficients, splits, mask, refresh, bar.update)
+        line = common.evaluate_points(model, [a, b], coefficients, splits, mask, refresh, bar.update, sparse)
     curves = defaultdict(list)
     for scores in line:
         for part, score in zip(("train", "test"), scores):
@@ -197,7 +197,7 @@ def measure(path, subnetwork, train, test, settings, out, overwrite=False):
         mask = subnetwork["masks"]
         if groups:
             b, mask = match_weights(a, b, groups, common.random_stream(settings["seed"], "align", i, j)), None
-        pair = walk(model, a, b, evaluated, settings["points"], mask, refresh)
+        pair = walk(model, a, b, evaluated, settings["points"], mask, refresh, settings["sparse"])
         pairs.append({"orders": f"{i}-{j}"} | pair | barriers(pair))
     result = name_of(path, subnetwork, settings) | dict(format=FORMAT, settings=settings, config=config, pairs=pairs)
     common.save(file, result)
