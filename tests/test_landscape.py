@@ -204,7 +204,8 @@ def test_masks_hold_at_every_point_and_models_keep_their_own_loss(kind):
     inside = [m for m in range(4) if plane.residuals[m] < 1e-4]
     assert len(inside) == {"three": 3, "pca": 0, "paper": 2, "random": 1}[kind]
     for m in inside:
-        [score] = landscape.score_points(net, plane, mask, split, None, "auto", plane.coefficients(plane.models[m:m + 1]))
+        coefficients = plane.coefficients(plane.models[m:m + 1])
+        [score] = landscape.score_points(net, plane, mask, split, None, "auto", coefficients)
         net.load_state_dict(states[m])
         assert score.loss == pytest.approx(common.evaluate(net, split).loss, rel=1e-5)
 
