@@ -1,4 +1,4 @@
-"""What the scripts share: files, networks, augmentation, training, evaluation, masks. Importing it does nothing.
+"""What the scripts share: files, networks, augmentation, training, evaluation. Importing it does nothing.
 
 The vocabulary, used by every script:
 
@@ -14,7 +14,6 @@ Kim et al. 2022, whose augmentation and distilled data the paper uses.
 """
 import argparse
 import contextlib
-import contextvars
 import csv
 import ctypes
 import functools
@@ -25,19 +24,17 @@ import json
 import math
 import os
 import sys
-import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-MASK_FORMAT = "lottery-mask-1"
+import ranks
+
 
 #############################################
 #             Errors and files              #
@@ -60,13 +57,13 @@ def run(main):
     """Call a script's main() and turn a UserError into exit code 2, Ctrl-C into 130."""
     keep_freed_memory()
     try:
-        with all_ranks():
+        with ranks.all_ranks():
             main()
     except UserError as error:
-        print_once(f"error: {error}")
+        ranks.print_once(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print_once("\nstopped: the same command goes on from the last finished step")
+        ranks.print_once("\nstopped: the same command goes on from the last finished step")
         sys.exit(130)
 
 
@@ -127,7 +124,7 @@ def write_atomically(path, content):
 
     Of several ranks that work together, the first one writes.
     """
-    if together.get().rank:
+    if ranks.together.get().rank:
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -202,123 +199,6 @@ def compiled_ops():
     except ModuleNotFoundError:  # a script and common.py were copied alone
         return None
     return ops if ops.load() else None
-
-
-#############################################
-#              Many processes               #
-#############################################
-
-
-class Ranks(NamedTuple):
-    """The processes that work on one thing together: all that torchrun started or, inside `share`, one for itself.
-
-    Files are written, tables printed and bars shown by rank 0 alone. Without torchrun there is no other.
-    """
-
-    rank: int = 0
-    size: int = 1
-    store: object = None  # counters and texts that all ranks see
-    step: Callable = lambda n=1: None  # inside `share`: moves the bar of all ranks
-
-
-together = contextvars.ContextVar("together", default=Ranks())
-
-
-@contextlib.contextmanager
-def all_ranks():
-    """Join the processes that torchrun started: gloo for tensors on a CPU, nccl on GPUs, a device a rank."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
-    store, rank, size = next(torch.distributed.rendezvous("env://"))
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # a restarted group must not meet its dead self
-        store = torch.distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    # However long one waits for another: when a rank dies, torchrun ends them all.
-    torch.distributed.init_process_group(store=store, rank=rank, world_size=size, timeout=timedelta(days=365))
-    together.set(Ranks(rank, size, store))
-    with silence() if rank else contextlib.nullcontext():
-        yield
-    wait()
-    torch.distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def silence(speech=None):
-    """Show no bars and no warnings; what is printed goes to `speech`, or nowhere."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        with contextlib.redirect_stdout(nowhere if speech is None else speech):
-            yield
-
-
-@contextlib.contextmanager
-def alone(**options):
-    """Here a rank works for itself, as one process would."""
-    before = together.set(Ranks(**options))
-    try:
-        yield
-    finally:
-        together.reset(before)
-
-
-def print_once(text):
-    """Print to stderr what every rank may have to say."""
-    store = together.get().store
-    if store is None or store.add(text, 1) == 1:
-        print(text, file=sys.stderr)
-
-
-def share(items, title, steps=1):
-    """Yield every item on one of the ranks, which handles it as one process would. Ends when all ranks are done.
-
-    What the loop prints, the first rank prints in the items' order. The bar of all ranks counts `steps` for an item,
-    as together.get().step() reports them or, at the latest, when the item is done.
-    """
-    ranks, items = together.get(), list(items)
-    if ranks.size == 1:
-        yield from items
-        return
-    compiled_ops()  # speaks before the silence
-    left = 0
-
-    def step(n=1):
-        nonlocal left
-        left -= n
-        bar.update(ranks.store.add(title, n) - bar.n)
-
-    with tqdm(total=len(items) * steps, desc=title, disable=None, leave=False) as bar:
-        for i in range(ranks.rank, len(items), ranks.size):
-            left, speech = steps, io.StringIO()
-            with alone(step=step), silence(speech):
-                yield items[i]
-            step(left)
-            ranks.store.set(f"{title} {i}", speech.getvalue())
-        others = torch.distributed.all_reduce(torch.zeros(1), async_op=True)
-        while ranks.rank == 0 and not others.is_completed():
-            time.sleep(.1)
-            step(0)
-        others.wait()
-    for i in range(len(items) if ranks.rank == 0 else 0):
-        print(ranks.store.get(f"{title} {i}").decode(), end="")
-
-
-def sum_over_ranks_(tensor):
-    """Add up `tensor` over the ranks, in place."""
-    if together.get().size > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def wait():
-    """Wait for all ranks."""
-    sum_over_ranks_(torch.zeros(1))
-
-
-def first_says(value):
-    """The first rank's value as a float64 tensor, for what all must decide alike."""
-    value = torch.as_tensor(value, dtype=torch.float64)
-    return sum_over_ranks_(torch.zeros_like(value) if together.get().rank else value)
 
 
 #############################################
@@ -596,7 +476,7 @@ def sum_gradients(grads, sent):
     for parameters that fused kernels give no gradient, and would send the pruned weights too.
     """
     flat = torch.cat([g.flatten() for g in grads])
-    flat[sent] = sum_over_ranks_(flat[sent])
+    flat[sent] = ranks.sum_over_ranks_(flat[sent])
     return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
 
 
@@ -622,7 +502,7 @@ def train(model, split, recipe, generator, mask=None, span=None, momenta=None, p
     names, params = zip(*model.named_parameters())
     masks = [mask.get(name) if mask else None for name in names]
     momenta = momenta or [torch.zeros_like(p) for p in params]
-    rank, size = together.get()[:2]
+    rank, size = ranks.together.get()[:2]
     sent = torch.cat([torch.ones_like(p, dtype=torch.bool).flatten() if m is None else m.flatten()
                       for p, m in zip(params, masks)]).nonzero().squeeze(1) if size > 1 else None
     first, last = span or (0, recipe.epochs)
@@ -665,7 +545,7 @@ def train(model, split, recipe, generator, mask=None, span=None, momenta=None, p
             hits += hit
         losses = torch.stack(losses)
         if size > 1:
-            sum_over_ranks_(losses), sum_over_ranks_(hits)
+            ranks.sum_over_ranks_(losses), ranks.sum_over_ranks_(hits)
         losses = losses.tolist()  # the only wait for a GPU in an epoch
         broken = next((step for step, value in enumerate(losses) if not math.isfinite(value)), None)
         if broken is not None:
@@ -786,103 +666,6 @@ def apply_mask(model, mask):
         model.get_parameter(name).mul_(kept)
 
 
-def load_mask(path, config=None, device="cpu"):
-    """A mask file as prune.py writes it: a dict with round, sparsity, masks, init, config, results.
-
-    Also takes a torch.nn.utils.prune state dict (`weight_orig`, `weight_mask`); its tensors are matched to the
-    prunable weights of the network that `config` describes, in order. Raises UserError.
-    """
-    data = load(path, device)
-    if not isinstance(data, dict):
-        data = {}
-    if data.get("format") != MASK_FORMAT:
-        if not any(str(key).endswith("weight_mask") for key in data):
-            raise UserError(f"{path}: not a mask file of prune.py, nor a torch.nn.utils.prune state dict")
-        if config is None:
-            raise UserError(f"{path}: a torch.nn.utils.prune state dict names no network; give --model and --dataset")
-        data = from_torch_prune(path, data, config)
-    check_mask(path, data)
-    return data
-
-
-def wrong_setting(config):
-    """A key of a mask file's config that lacks a value, or has one that prune.py would not have written; or None."""
-    def text(*known):
-        return lambda value: isinstance(value, str) and (not known or value in known)
-
-    def count(value):
-        return type(value) is int and value > 0
-
-    def between(least, most):
-        return lambda value: isinstance(value, (int, float)) and least <= value <= most
-
-    needed = {"model": text(), "dataset": text(), "channels": count, "image_size": count, "num_classes": count,
-              "data": text("distilled", "real", "subset", "random"), "seed": lambda value: type(value) is int,
-              "eval_epochs": count}
-    optional = {"width": count, "norm": text("instance", "batch", "none"), "train_images": count, "ipc": count,
-                "lr": between(0, 1e6), "momentum": between(0, 1), "weight_decay": between(0, 1e6), "batch_size": count,
-                "augment": text("dsa", "imagenet", "none"), "cutmix": between(0, 1),
-                "sparse": text("auto", "on", "off")}
-    for key, fits in (needed | optional).items():
-        if not (fits(config.get(key)) or key in optional and config.get(key) is None):
-            return key
-
-
-def check_mask(path, data):
-    """Raises UserError unless a mask file's dict is complete and its masks and initial state fit its network."""
-    parts = {"config": dict, "masks": dict, "init": dict, "results": dict, "round": int, "sparsity": float}
-    wrong = next((key for key, kind in parts.items() if not isinstance(data.get(key), kind)), None)
-    if wrong:
-        raise UserError(f"{path}: mask file without {wrong}")
-    config = data["config"]
-    if wrong := wrong_setting(config):
-        raise UserError(f"{path}: {wrong} {config.get(wrong)!r} in its config is not one of prune.py")
-    try:
-        with torch.device("meta"):  # shapes, without the memory that a hostile file may ask for
-            network = build_network(config)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: its config describes no network ({str(error)[:80]})") from error
-    masks = {name: torch.empty_like(weight, dtype=torch.bool) for name, weight in prunable(network).items()}
-    for part, expected in ("masks", masks), ("init", network.state_dict()):
-        held = {name: (v.shape, v.dtype, v.layout) for name, v in data[part].items() if torch.is_tensor(v)}
-        if held != {name: (v.shape, v.dtype, v.layout) for name, v in expected.items()}:
-            raise UserError(f"{path}: its {part} do not fit its network {config['model']}")
-    broken = next((name for name, value in data["init"].items() if not value.isfinite().all()), None)
-    if broken:
-        raise UserError(f"{path}: {broken} holds NaN or infinity")
-
-
-def from_torch_prune(path, state, config):
-    """A mask file's dict from `<name>_orig` and `<name>_mask` entries, matched to our names by order and shape."""
-    model = build_network(config, config.get("seed", 0))
-    found = [(state.get(key[:-4] + "orig"), state[key]) for key in map(str, state) if key.endswith("weight_mask")]
-    names = list(prunable(model))
-    shapes = [(weight.shape, weight.shape) for weight in prunable(model).values()]
-    if [tuple(v.shape for v in pair if torch.is_tensor(v)) for pair in found] != shapes:
-        raise UserError(f"{path}: {len(found)} masked weights that do not fit {config['model']} "
-                        f"(--model, --width and --dataset choose the network)")
-    init = model.state_dict()
-    init.update({name: weight for name, (weight, _) in zip(names, found)})
-    masks = {name: m.bool() for name, (_, m) in zip(names, found)}
-    return {"format": MASK_FORMAT, "round": 0, "sparsity": sparsity(masks), "masks": masks, "init": init,
-            "config": dict(config), "results": {}}
-
-
 def mean_and_std(values):
     """Mean and standard deviation (over n - 1; 0 of a single value)."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.
-
-
-def family(config):
-    """How a mask was found, in the words of legends and tables."""
-    names = {"distilled": f"synthetic, {config.get('ipc')} a class", "real": "IMP",
-             "subset": f"real subset, {config.get('ipc')} a class", "random": "random masks"}
-    rewound = f", rewound to epoch {config['rewind']}" if config.get("rewind") else ""
-    started = f", from {Path(config['start']).stem}" if config.get("start") else ""
-    return names[config["data"]] + rewound + started
-
-
-def label(subnetwork):
-    """Family and sparsity of a mask file's dict."""
-    percent = 100 * subnetwork["sparsity"]
-    return f"{family(subnetwork['config'])}, {percent:.3g}% sparse" if percent else "dense"

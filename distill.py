@@ -35,6 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import ranks
 import splits
 from common import UserError, at_least, positive, random_stream, within
 
@@ -88,7 +89,7 @@ def select(real, members, config):
     train_network(network, real, config, stream)
     embed, linear = embedding(network)
     images = torch.zeros(len(members), config["ipc"], *real.images.shape[1:], device=real.images.device)
-    for label in common.share(range(len(members)), "selecting"):
+    for label in ranks.share(range(len(members)), "selecting"):
         own = members[label]
         with torch.no_grad():
             embeddings = torch.cat([embed(real.batch(index)[0]) for index in own.split(250)])
@@ -96,7 +97,7 @@ def select(real, members, config):
         surest = certainty.topk(max(count, len(own) // 2)).indices
         chosen = own[surest[herd(embeddings[surest], count)]]
         images[label] = encode_tiles(real.images[chosen].float() / 255, config["factor"])
-    return common.sum_over_ranks_(images)
+    return ranks.sum_over_ranks_(images)
 
 
 def herd(embeddings, count):
@@ -151,7 +152,7 @@ def embedding(network):
 def train_network(network, split, config, stream, epochs=1, momenta=None):
     """Train on `split` at the constant learning rate that a schedule three times as long begins with; the momenta."""
     recipe = common.recipe_of(config, 3 * epochs)
-    with common.alone():  # every rank has the same network and trains it in the same way
+    with ranks.alone():  # every rank has the same network and trains it in the same way
         return common.train(network, split, recipe, stream, span=(0, epochs), momenta=momenta).momenta
 
 
@@ -195,7 +196,7 @@ def match(network, images, real, members, config, stream):
     The batches of a class share one draw of the augmentation (Zhao & Bilen 2021). Of several ranks each matches its
     own classes, after all draws of all classes.
     """
-    rank, size, *_ = common.together.get()
+    rank, size, *_ = ranks.together.get()
     losses = torch.zeros(len(members), dtype=torch.float64)
     for label, own in enumerate(members):
         chosen = own[torch.randint(len(own), (config["real_images"],), generator=stream)]
@@ -214,8 +215,8 @@ def match(network, images, real, members, config, stream):
         losses[label] = loss.item()
     if images.grad is None:  # more ranks than classes
         images.grad = torch.zeros_like(images)
-    common.sum_over_ranks_(images.grad)  # the gradient of a class is on one rank, so its bits stay the same
-    return sum(common.sum_over_ranks_(losses).tolist()) / len(members)
+    ranks.sum_over_ranks_(images.grad)  # the gradient of a class is on one rank, so its bits stay the same
+    return sum(ranks.sum_over_ranks_(losses).tolist()) / len(members)
 
 
 #############################################
@@ -289,7 +290,7 @@ def distill(real, config, out, budget=math.inf):
         except UserError:
             save_run(run, out, config)
             raise
-        run.minutes = float(common.first_says((time.monotonic() - start) / 60))
+        run.minutes = float(ranks.first_says((time.monotonic() - start) / 60))
         bar.total = int(min(total, len(run.losses) * budget / run.minutes))  # what will be done, for the time left
         bar.set_postfix(loss=f"{run.losses[-1]:.4g}", refresh=False)
         bar.update()
@@ -345,19 +346,19 @@ def load_checkpoint(out, config, device):
 def evaluate(distilled, test, config, recipe, repeats):
     """Test accuracies of `repeats` networks trained from scratch on a distilled split: the measure of such a set."""
     accuracies = torch.zeros(repeats, dtype=torch.float64)
-    shared = common.together.get().size > 1
+    shared = ranks.together.get().size > 1
     bar = tqdm(total=repeats * recipe.epochs, desc="evaluating", disable=shared or None)
 
     def progress(*_):
         bar.update()
-        common.together.get().step()
+        ranks.together.get().step()
 
-    for repeat in common.share(range(repeats), "evaluating", recipe.epochs):
+    for repeat in ranks.share(range(repeats), "evaluating", recipe.epochs):
         network = draw_network(config, repeat, distilled.images.device)
         common.train(network, distilled, recipe, random_stream(repeat, "evaluate"), progress=progress)
         accuracies[repeat] = common.evaluate(network, test).accuracy
     bar.close()
-    return common.sum_over_ranks_(accuracies).tolist()
+    return ranks.sum_over_ranks_(accuracies).tolist()
 
 
 def report(path, accuracies, distilled, config, recipe):
@@ -433,7 +434,7 @@ def main():
         result = config | {"command": shlex.join(["python", *sys.argv]), "iterations": len(run.losses),
                            "minutes": round(run.minutes, 1)}
         common.save(out / "config.json", result)
-        common.wait()
+        ranks.wait()
     if not args.repeats:
         return
     dataset = splits.Dataset(*(config[key] for key in ("channels", "image_size", "num_classes")), real.mean, real.std)

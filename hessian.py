@@ -30,7 +30,8 @@ from torch import fx, nn
 from tqdm import tqdm
 
 import common
-import endpoints
+import ranks
+import tickets
 from common import UserError, mean_and_std, random_stream
 
 FORMAT = "lottery-hessian-1"
@@ -419,7 +420,7 @@ class Hessian:
         return torch.autograd.grad(*outputs, self.parameters, allow_unused=True, materialize_grads=True, **options)
 
     def product(self, v):
-        return common.sum_over_ranks_(self.own_product(v))
+        return ranks.sum_over_ranks_(self.own_product(v))
 
     def own_product(self, v):
         parts = (v * self.kept).split([p.numel() for p in self.parameters])
@@ -441,15 +442,15 @@ class Hessian:
         r = p.sqrt() * self.signs(generator, (self.n, p.shape[1]))[self.own]
         root = torch.cat([g.flatten() for g in self.grad(self.logits, grad_outputs=r - p * r.sum(1, keepdim=True),
                                                          retain_graph=True)])
-        root = common.sum_over_ranks_(root * self.kept)
+        root = ranks.sum_over_ranks_(root * self.kept)
         v = self.signs(generator)
         return v * self.product(v), root.square().sum() / self.n
 
 
 def own_images():
     """The part of a batch's images that this rank has."""
-    ranks = common.together.get()
-    return slice(ranks.rank, None, ranks.size)
+    rank, count, *_ = ranks.together.get()
+    return slice(rank, None, count)
 
 
 def top_eigenvalue(product, start, steps=100, tolerance=.001):
@@ -532,7 +533,7 @@ def measure(model, images, labels, mask, method, weights, probes, generator):
         own = labels[own_images()]
         with bar(total=len(own), desc="diagonal", unit="image") as images_done:
             *parts, label = exact_diagonal(model, images[own_images()], own, mask, images_done.update)
-        loss_part, diagonal = ({name: common.sum_over_ranks_(h * (len(own) / len(labels))) for name, h in part.items()}
+        loss_part, diagonal = ({name: ranks.sum_over_ranks_(h * (len(own) / len(labels))) for name, h in part.items()}
                                for part in parts)
         trace, loss_trace = (sum(float(h.double().sum()) for h in part.values()) for part in (diagonal, loss_part))
         shared |= {"trace": (trace, 0.), "gauss_newton_share": (loss_trace / trace, 0.)}
@@ -544,7 +545,7 @@ def measure(model, images, labels, mask, method, weights, probes, generator):
         shared |= trace_figures(D.sum(1).double(), loss_traces.double())
         order = torch.randperm(len(hessian.chosen), generator=generator)[:weights]
         entries = torch.stack([hessian.entry(i) for i in bar(hessian.chosen[order.to(images.device)], desc="weights")])
-        entries = common.sum_over_ranks_(entries)
+        entries = ranks.sum_over_ranks_(entries)
         sample = f"{len(entries)} exact entries"
         if len(entries) < len(hessian.chosen):  # (1 - fraction beyond) ** n = 5%
             sample += f" (95% sure: at most {1 - .05 ** (1 / len(entries)):.1%} of weights beyond min or max)"
@@ -576,11 +577,11 @@ def check_batchnorm(model):
 
 def analyse(path, subnetwork, train, settings, args):
     """The result of one mask, from --out when it is there already, else computed and saved."""
-    file = endpoints.result_path(args.out, path, ".pt")
-    if common.first_says(file.exists()) and (earlier := common.load(file)).get("settings") == settings:
+    file = tickets.result_path(args.out, path, ".pt")
+    if ranks.first_says(file.exists()) and (earlier := common.load(file)).get("settings") == settings:
         return earlier
     masks, dtype, seed = subnetwork["masks"], getattr(torch, args.dtype), settings["batch_seed"]
-    trained = endpoints.endpoint(args.endpoints, path, subnetwork, train, 0, args.epochs, args.seed,
+    trained = tickets.endpoint(args.endpoints, path, subnetwork, train, 0, args.epochs, args.seed,
                               overwrite=args.overwrite)
     model = common.build_network(subnetwork["config"]).to(train.labels.device)
     model.load_state_dict(trained["state"])
@@ -618,7 +619,7 @@ def over_batches(figures):
 
 
 def label_of(result):
-    return "dense" if result["sparsity"] == 0 else common.family(result["config"])
+    return "dense" if result["sparsity"] == 0 else tickets.family(result["config"])
 
 
 def paper_figures(result):
@@ -694,7 +695,7 @@ def draw_histograms(results, path):
 
 def parse(argv=None):
     parser = common.Parser(__doc__)
-    endpoints.subnetwork_flags(parser)
+    tickets.subnetwork_flags(parser)
     group = parser.add_argument_group("Hessian diagonal")
     group.add_argument("--batch", type=common.positive, default=64, help="training images in a batch (64)")
     group.add_argument("--batches", type=common.positive, default=1, help="batches: means, and their spread (1)")
@@ -717,7 +718,7 @@ def parse(argv=None):
 def settings_of(args, subnetwork, train):
     """All that a result depends on; a result with equal settings is not computed again."""
     config = subnetwork["config"]
-    return {"mask_sha": endpoints.fingerprint(subnetwork), "images": len(train),
+    return {"mask_sha": tickets.fingerprint(subnetwork), "images": len(train),
             "seed": config["seed"] if args.seed is None else args.seed, "batch_seed": args.seed or 0,
             **common.recipe_of(config, args.epochs or config["eval_epochs"])._asdict(),
             **{key: getattr(args, key) for key in ("batch", "batches", "method", "weights", "probes", "dtype")}}
@@ -726,19 +727,19 @@ def settings_of(args, subnetwork, train):
 def main():
     args = parse()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    subnetworks, train, _ = endpoints.load_subnetworks(args.mask, args)
+    subnetworks, train, _ = tickets.load_subnetworks(args.mask, args)
     if args.batch * args.batches > len(train):
         raise UserError(f"--batch {args.batch} x --batches {args.batches}: more than the {len(train)} training images")
-    if args.batch < common.together.get().size:
-        raise UserError(f"--batch {args.batch}: fewer images than the {common.together.get().size} ranks")
+    if args.batch < ranks.together.get().size:
+        raise UserError(f"--batch {args.batch}: fewer images than the {ranks.together.get().size} ranks")
     model = common.build_network(next(iter(subnetworks.values()))["config"]).eval()
     check_batchnorm(model)
     if args.method == "exact":
         Network(model)  # refuses before the training, not after it
-    endpoints.train_ahead(args.endpoints, subnetworks, train, 1, args.epochs, args.seed, overwrite=args.overwrite)
+    tickets.train_ahead(args.endpoints, subnetworks, train, 1, args.epochs, args.seed, overwrite=args.overwrite)
     results = {path: analyse(path, subnetwork, train, settings_of(args, subnetwork, train), args)
                for path, subnetwork in subnetworks.items()}
-    if common.together.get().rank:
+    if ranks.together.get().rank:
         return
     print_table(results.values())
     common.save_csv(args.out / "hessian.csv", table_rows(results))

@@ -32,8 +32,9 @@ import torch
 from tqdm import tqdm
 
 import common
-import endpoints
+import ranks
 import splits
+import tickets
 from common import UserError, at_least
 
 FORMAT = "lottery-landscape-1"
@@ -213,10 +214,10 @@ def survey(path, planes, grids, scorers, permits, about, earlier=None):
     False they stay NaN. `earlier` = (scores, done) of an interrupted survey; a stop loses half a minute. Of several
     ranks each takes an equal part of every batch of points.
     """
-    size, (rank, ranks, *_) = len(grids[0][0]), common.together.get()
+    size, (rank, count, *_) = len(grids[0][0]), ranks.together.get()
     about = about | {key: np.array([grid[k] for grid in grids]) for k, key in enumerate(("xs", "ys"))}
     coefficients = np.stack([all_coefficients(plane, *grid) for plane, grid in zip(planes, grids)])
-    coefficients = common.first_says(coefficients).numpy()
+    coefficients = ranks.first_says(coefficients).numpy()
     scores, done = earlier or (np.full((*coefficients.shape[:2], 3), np.nan), np.zeros(coefficients.shape[:2], bool))
     done |= ~np.stack([permit(points) for permit, points in zip(permits, coefficients)])
     probes, saved = coefficients.shape[1] - size ** 2, time.monotonic()
@@ -227,20 +228,20 @@ def survey(path, planes, grids, scorers, permits, about, earlier=None):
             for s, score in enumerate(scorers):
                 todo, batch = level[~done[s, level]], 4
                 while len(todo):
-                    part, todo, start = todo[:batch * ranks], todo[batch * ranks:], time.monotonic()
-                    own, found = part[rank::ranks], np.zeros((len(part), 3))
+                    part, todo, start = todo[:batch * count], todo[batch * count:], time.monotonic()
+                    own, found = part[rank::count], np.zeros((len(part), 3))
                     if len(own):
-                        found[rank::ranks] = score(coefficients[s, own])
-                    scores[s, part] = common.sum_over_ranks_(torch.from_numpy(found))
+                        found[rank::count] = score(coefficients[s, own])
+                    scores[s, part] = ranks.sum_over_ranks_(torch.from_numpy(found))
                     done[s, part] = True
                     bar.update(len(part))
-                    seconds = float(common.first_says(time.monotonic() - start))
-                    batch = int(np.clip(10 * len(part) / ranks / max(seconds, 1e-3), 1, 64))
+                    seconds = float(ranks.first_says(time.monotonic() - start))
+                    batch = int(np.clip(10 * len(part) / count / max(seconds, 1e-3), 1, 64))
                     if time.monotonic() - saved > 20:
                         common.save(path, pack(scores, done, about, size))
                         saved = time.monotonic()
             common.save(path, pack(scores, done, about, size))
-            if level[0] >= probes and not done.all() and ranks == 1:  # a coarse picture; the caller draws the last
+            if level[0] >= probes and not done.all() and count == 1:  # a coarse picture; the caller draws the last
                 draw_surface(pack(scores, done, about, size), path.parent, path.stem)
 
 
@@ -357,7 +358,7 @@ def mark_models(axes, models, residuals, extent):
 
 def parse(argv=None):
     parser = common.Parser(__doc__)
-    endpoints.subnetwork_flags(parser)
+    tickets.subnetwork_flags(parser)
     plane = parser.add_argument_group("the plane")
     plane.add_argument("--plane", choices=("three", "pca", "paper", "random"), default="three",
                        help="see above (three)")
@@ -398,7 +399,7 @@ def settings_of(args, subnetworks):
         raise UserError(f"--orders {args.orders}: --plane {args.plane} needs {MODELS_NEEDED[args.plane]} models")
     flags = ("plane", "orders", "grid", "on", "eval_images", "bn", "extrapolate", "seed")
     configs = [subnetwork["config"] for subnetwork in subnetworks.values()]
-    masks = [[endpoints.fingerprint(subnetwork), config["seed"],
+    masks = [[tickets.fingerprint(subnetwork), config["seed"],
               *common.recipe_of(config, args.epochs or config["eval_epochs"])]
              for subnetwork, config in zip(subnetworks.values(), configs)]
     return {key: getattr(args, key) for key in flags} | {"num_classes": configs[0]["num_classes"], "masks": masks}
@@ -418,7 +419,7 @@ def train_planes(subnetworks, train, names, args):
     """The plane of each subnetwork through its trained (or found) models."""
     planes = []
     for path, subnetwork in subnetworks.items():
-        states = [endpoints.endpoint(args.endpoints, path, subnetwork, train, order, args.epochs, args.seed,
+        states = [tickets.endpoint(args.endpoints, path, subnetwork, train, order, args.epochs, args.seed,
                                   overwrite=args.overwrite)["state"] for order in range(args.orders)]
         planes.append(make_plane(args.plane, states, names, common.random_stream(args.seed or 0, "plane")))
     return planes
@@ -434,18 +435,18 @@ def main():
     args = parse()
     if args.plot:
         return show(args.plot)
-    subnetworks, train, test = endpoints.load_subnetworks(args.mask, args)
+    subnetworks, train, test = tickets.load_subnetworks(args.mask, args)
     settings = settings_of(args, subnetworks)
     path = args.out / ("landscape.npz" if args.on == "real" else f"landscape_{args.on}.npz")
     earlier = earlier_scores(path, settings, args.overwrite) if path.exists() else None
     split = distilled_split(subnetworks, train) if args.on == "distilled" else {"real": train, "test": test}[args.on]
     model = common.build_network(next(iter(subnetworks.values()))["config"]).to(train.labels.device)
     names = [name for name, _ in model.named_parameters()]
-    endpoints.train_ahead(args.endpoints, subnetworks, train, args.orders, args.epochs, args.seed,
+    tickets.train_ahead(args.endpoints, subnetworks, train, args.orders, args.epochs, args.seed,
                           overwrite=args.overwrite)
     planes = train_planes(subnetworks, train, names, args)
     about = {key: np.array([getattr(plane, key) for plane in planes]) for key in ("models", "residuals", "explained")}
-    about |= {"labels": [common.label(one) for one in subnetworks.values()], "settings": json.dumps(settings)}
+    about |= {"labels": [tickets.label(one) for one in subnetworks.values()], "settings": json.dumps(settings)}
     if args.basis:
         about["basis"] = np.stack([plane.axes @ vectors(plane.states, names).cpu().numpy() for plane in planes])
     has_batchnorm = any(name.endswith("running_var") for name in model.state_dict())
@@ -456,7 +457,7 @@ def main():
                for plane, subnetwork in zip(planes, subnetworks.values())]
     permits = [partial(allowed, plane, args.bn, args.extrapolate) for plane in planes]
     survey(path, planes, square_grids(planes, args.plane, args.grid, names), scorers, permits, about, earlier)
-    if common.together.get().rank:
+    if ranks.together.get().rank:
         return
     show(path)
     print(f"written: {path} and pictures")

@@ -24,7 +24,9 @@ import torch
 from tqdm import tqdm
 
 import common
+import ranks
 import splits
+import tickets
 from common import UserError, at_least, positive, prunable, random_stream, within
 
 PRESETS = {
@@ -79,9 +81,9 @@ def find_masks(model, config, out, data, real=None, start=None, evaluate=()):
     rows, seconds, first = [], read_seconds(out), start["round"] if start else 0
     for number in range(first, config["rounds"] + 1):
         path, began = out / f"r{number}.pt", time.perf_counter()
-        finished = common.first_says(path.exists())
+        finished = ranks.first_says(path.exists())
         if finished:
-            ticket = common.load_mask(path, device=next(model.parameters()).device)
+            ticket = tickets.load_mask(path, device=next(model.parameters()).device)
         elif number > first:
             ticket = next_ticket(model, ticket, config, data)
         else:
@@ -94,7 +96,7 @@ def find_masks(model, config, out, data, real=None, start=None, evaluate=()):
             common.save(path, ticket)
         rows.append(row_of(ticket, seconds.get(number, math.nan)))
         common.save_csv(out / "results.csv", rows)
-        common.together.get().step()
+        ranks.together.get().step()
     return rows
 
 
@@ -132,7 +134,7 @@ def first_ticket(model, config, real, start):
 
 
 def make_ticket(number, masks, init, config, results):
-    return {"format": common.MASK_FORMAT, "round": number, "sparsity": common.sparsity(masks),
+    return {"format": tickets.MASK_FORMAT, "round": number, "sparsity": common.sparsity(masks),
             "masks": masks, "init": init, "config": config, "results": results}
 
 
@@ -227,7 +229,7 @@ def prepare_folder(out, config, overwrite):
         for old in round_files(out) + [out / "results.csv"]:
             old.unlink(missing_ok=True)
     common.save(path, config)
-    common.wait()
+    ranks.wait()
 
 
 def round_files(folder):
@@ -258,7 +260,7 @@ def draw_runs(folders, path):
     tested = any("test_accuracy" in row for run in runs for rows in run for row in rows)
     measure = "test_accuracy" if tested else "train_accuracy"
     for i, (run, folder) in enumerate(zip(runs, folders)):
-        label = common.family(common.load(run_folders(folder)[0] / "config.json"))
+        label = tickets.family(common.load(run_folders(folder)[0] / "config.json"))
         label += f" ({len(run)} seeds)" if len(run) > 1 else ""
         style = dict(color=f"C{i}", ls=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], label=label)
         numbers = sorted({row["round"] for row in run[0]})
@@ -330,7 +332,7 @@ def compare(folder_a, folder_b, out):
     shared = sorted((numbers[0] & numbers[1]) - {0})
     if not shared:
         raise UserError(f"{folder_a} and {folder_b} have no pruning round in common (r1.pt, r2.pt, ...)")
-    rows = [row for n in shared for row in compare_rounds(*(common.load_mask(f / f"r{n}.pt") for f in folders))]
+    rows = [row for n in shared for row in compare_rounds(*(tickets.load_mask(f / f"r{n}.pt") for f in folders))]
     common.save_csv(out / "compare.csv", rows)
     last = [row for row in rows if row["round"] == shared[-1]]
     draw_comparison(rows, last, (folder_a, folder_b), out / "compare.png")
@@ -502,15 +504,15 @@ def run_seed(config, out, args, distilled, real, device):
     if config["data"] == "subset":
         data = random_subset(real[0], config["ipc"], config["num_classes"], random_stream(config["seed"], "subset"))
     model = common.build_network(config, config["seed"]).to(device)
-    if common.together.get().size > 1:
+    if ranks.together.get().size > 1:
         model = with_global_batchnorm(model)
-    start = common.load_mask(args.start, config, device) if args.start else None
+    start = tickets.load_mask(args.start, config, device) if args.start else None
     if start and {n: m.shape for n, m in start["masks"].items()} != {n: w.shape for n, w in prunable(model).items()}:
         raise UserError(f"{args.start}: its masks are of another network than {config['model']}")
     prepare_folder(out, config, args.overwrite)
     evaluate = range(config["rounds"] + 1) if args.evaluate == [] else args.evaluate or ()
     rows = find_masks(model, config, out, data, real, start, evaluate)
-    if common.together.get().rank == 0:
+    if ranks.together.get().rank == 0:
         print_table(rows)
         draw_runs([out], out / "prune.png")
 
@@ -533,7 +535,7 @@ def main(argv=None):
     print(f"preset {preset} ({'as asked' if args.preset else f'device {device.type}'}): {config['model']} on "
           f"{config['dataset']}, {config['data']} data, {config['rounds']} rounds of {config['epochs']} epochs")
     seeds = args.seeds or [args.seed]
-    for seed in seeds if args.parallel == "data" else common.share(seeds, "rounds of all seeds", config["rounds"] + 1):
+    for seed in seeds if args.parallel == "data" else ranks.share(seeds, "rounds of all seeds", config["rounds"] + 1):
         out = args.out / f"seed{seed}" if args.seeds else args.out
         run_seed(config | {"seed": seed}, out, args, distilled, real, device)
     print(f"written: masks, results.csv, config.json and prune.png in {args.out}")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import Split, UserError, load, random_stream, together, wait
+from common import Split, UserError, load, random_stream
+from ranks import together, wait
 
 HERE = Path(__file__).resolve().parent
 

@@ -27,8 +27,9 @@ import torch
 from tqdm import tqdm
 
 import common
-import endpoints
+import ranks
 import splits
+import tickets
 from common import UserError, at_least, mean_and_std
 
 FORMAT = "lottery-stability-1"
@@ -186,9 +187,9 @@ def measure(path, subnetwork, train, test, settings, out, overwrite=False):
     config, pairs = subnetwork["config"], []
     model = common.build_network(config).to(train.labels.device)
     groups = permutation_groups(model) if settings["align"] else None
-    states = [endpoints.endpoint(out, path, subnetwork, train, order, settings["epochs"], settings["seed"],
+    states = [tickets.endpoint(out, path, subnetwork, train, order, settings["epochs"], settings["seed"],
                               settings["from_epoch"], overwrite)["state"] for order in range(settings["orders"])]
-    file = endpoints.result_path(out, path, "_aligned.json" if settings["align"] else ".json")
+    file = tickets.result_path(out, path, "_aligned.json" if settings["align"] else ".json")
     if file.exists() and (earlier := common.load(file)).get("settings") == settings:
         return earlier
     evaluated = [splits.fixed_subset(split, settings["eval_images"], "evaluate") for split in (train, test)]
@@ -206,18 +207,18 @@ def measure(path, subnetwork, train, test, settings, out, overwrite=False):
 
 def measure_ahead(jobs, train, test, args):
     """Under torchrun: the end points, then the lines, shared out over the ranks; the results are found finished."""
-    if common.together.get().size == 1:
+    if ranks.together.get().size == 1:
         return
     jobs = [job for i, job in enumerate(jobs) if job[2] not in [settings for _, _, settings in jobs[:i]]]
-    endpoints.train_ahead(args.out, {path: subnetwork for path, subnetwork, _ in jobs}, train, args.orders,
+    tickets.train_ahead(args.out, {path: subnetwork for path, subnetwork, _ in jobs}, train, args.orders,
                           args.epochs, args.seed, args.from_epoch, args.overwrite)
-    for path, subnetwork, settings in common.share(jobs, "lines of all masks"):
+    for path, subnetwork, settings in ranks.share(jobs, "lines of all masks"):
         measure(path, subnetwork, train, test, settings, args.out)
 
 
 def name_of(path, subnetwork, settings):
     """What tables and legends say about a result."""
-    family = common.family(subnetwork["config"]) + ", aligned" * settings["align"]
+    family = tickets.family(subnetwork["config"]) + ", aligned" * settings["align"]
     return {"mask": str(path), "family": family, "round": subnetwork["round"], "sparsity": subnetwork["sparsity"]}
 
 
@@ -229,7 +230,7 @@ def settings_of(args, subnetwork, train):
         raise UserError(f"--from-epoch {args.from_epoch}: must be less than the {epochs} epochs of training")
     chosen = {key: getattr(args, key) for key in ("orders", "points", "from_epoch", "bn", "align", "eval_images")}
     return {"model": config["model"], "dataset": config["dataset"], "images": len(train), "seed": seed,
-            "mask_sha": endpoints.fingerprint(subnetwork), **common.recipe_of(config, epochs)._asdict(), **chosen}
+            "mask_sha": tickets.fingerprint(subnetwork), **common.recipe_of(config, epochs)._asdict(), **chosen}
 
 
 #############################################
@@ -409,7 +410,7 @@ def draw_summary(rows, path):
 
 def parse(argv=None):
     parser = common.Parser(__doc__)
-    endpoints.subnetwork_flags(parser)
+    tickets.subnetwork_flags(parser)
     line = parser.add_argument_group("the line")
     line.add_argument("--compare", nargs="+", default=[], metavar="FILE", help="masks of a second family, or folder")
     line.add_argument("--orders", type=at_least(2), default=2, help="data orders; every pair is measured (2)")
@@ -443,10 +444,10 @@ def main():
     args = parse()
     if args.summary:
         return summarise(args.summary, args.out)
-    subnetworks, train, test = endpoints.load_subnetworks(args.mask + args.compare, args)
+    subnetworks, train, test = tickets.load_subnetworks(args.mask + args.compare, args)
     jobs = [(path, subnetwork, settings_of(args, subnetwork, train)) for path, subnetwork in subnetworks.items()]
     measure_ahead(jobs, train, test, args)
-    if common.together.get().rank:
+    if ranks.together.get().rank:
         return
     results = []
     for path, subnetwork, settings in jobs:

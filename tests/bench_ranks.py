@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-DRIVER = str(Path(__file__).with_name("ranks.py"))
+DRIVER = str(Path(__file__).with_name("one_rank.py"))
 DATA = ["--dataset", "digits", "--data", "real"]
 TIMED = {
     "seeds": ["prune", *DATA, "--width", "32", "--rounds", "4", "--epochs", "24", "--seeds", "0", "1", "2", "3"],
@@ -40,7 +40,7 @@ COUNTED = [
 
 
 def launch(commands, ranks, folder, *flags):
-    """(seconds, lines of ranks.py) of a group of processes; one without torchrun."""
+    """(seconds, lines of one_rank.py) of a group of processes; one without torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     folder.mkdir(exist_ok=True)
     began = time.perf_counter()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import common
+import tickets
 import splits
 import landscape
 from common import UserError
@@ -45,7 +46,7 @@ def networks(count=4, **changes):
 def mask_file(path, **changes):
     config = CONFIG | changes
     states, mask, _ = networks(1, **changes)
-    common.save(path, {"format": common.MASK_FORMAT, "round": 3, "sparsity": common.sparsity(mask), "masks": mask,
+    common.save(path, {"format": tickets.MASK_FORMAT, "round": 3, "sparsity": common.sparsity(mask), "masks": mask,
                        "init": states[0], "config": config, "results": {}})
     return path
 

@@ -492,7 +492,7 @@ def test_the_environment_forces_the_choice_and_it_is_said_once():
 @pytest.fixture
 def bare_checkout(tmp_path):
     """The project without an extension, and a cache of its own."""
-    for name in ("ops.py", "common.py", "sparse.py"):
+    for name in ("ops.py", "common.py", "ranks.py", "sparse.py"):
         if (ROOT / name).exists():
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     return tmp_path

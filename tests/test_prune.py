@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils import prune as torch_prune
 
 import common
+import tickets
 import prune
 from common import random_stream
 from conftest import ROOT
@@ -104,7 +105,7 @@ def table(folder):
 
 
 def masks_in(folder):
-    return {path.stem: common.load_mask(path)["masks"] for path in folder.glob("r*.pt")}
+    return {path.stem: tickets.load_mask(path)["masks"] for path in folder.glob("r*.pt")}
 
 
 def same_masks(one, other):
@@ -140,7 +141,7 @@ def test_a_run_leaves_masks_results_and_pictures(finished):
 def test_mask_files_are_self_contained(finished):
     ticket = torch.load(finished / "r3.pt", weights_only=True)
     network = common.build_network(ticket["config"], ticket["config"]["seed"])
-    assert ticket["format"] == common.MASK_FORMAT and ticket["round"] == 3
+    assert ticket["format"] == tickets.MASK_FORMAT and ticket["round"] == 3
     assert ticket["sparsity"] == common.sparsity(ticket["masks"])
     assert all(torch.equal(value, ticket["init"][name]) for name, value in network.state_dict().items())
 
@@ -194,8 +195,8 @@ def test_start_goes_on_from_a_mask_and_rewind_moves_the_initial_state(finished, 
     assert all((end[name] <= start[name]).all() for name in start)
     run(*QUICK, "--rewind", 1, "--rounds", 1, "--out", "late")
     assert [int(r["training_points"]) for r in table(tmp_path / "late")] == [200, 600]
-    late = common.load_mask(tmp_path / "late" / "r1.pt")["init"]
-    assert not torch.equal(late["conv1.weight"], common.load_mask(finished / "r1.pt")["init"]["conv1.weight"])
+    late = tickets.load_mask(tmp_path / "late" / "r1.pt")["init"]
+    assert not torch.equal(late["conv1.weight"], tickets.load_mask(finished / "r1.pt")["init"]["conv1.weight"])
 
 
 def test_start_takes_a_torch_prune_state_dict(tmp_path, run):
@@ -205,7 +206,7 @@ def test_start_takes_a_torch_prune_state_dict(tmp_path, run):
         torch_prune.random_unstructured(layer, "weight", amount=.5)
     torch.save(layers.state_dict(), tmp_path / "theirs.pt")
     run(*QUICK, "--start", "theirs.pt", "--rounds", 1, "--out", "masks")
-    ours = common.load_mask(tmp_path / "masks" / "r0.pt")
+    ours = tickets.load_mask(tmp_path / "masks" / "r0.pt")
     assert torch.equal(ours["masks"]["conv2.weight"], layers[1].weight_mask.bool())
     assert torch.equal(ours["init"]["linear.weight"], layers[3].weight_orig)
 
@@ -219,7 +220,7 @@ def test_plot_and_compare(finished, tmp_path, run, capsys):
 
 
 def test_a_script_and_common_alone_work_in_an_empty_folder(tmp_path):
-    for name in ("prune.py", "common.py", "splits.py"):
+    for name in ("prune.py", "common.py", "ranks.py", "splits.py", "tickets.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "data").symlink_to(ROOT / "data")
     done = subprocess.run([sys.executable, "prune.py", *map(str, QUICK), "--rounds", "1"], cwd=tmp_path,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import common
+import tickets
 import landscape
 import prune
 from conftest import ROOT
@@ -52,7 +53,7 @@ def forget_half(path):
 def folders(tmp_path_factory):
     """What one process and what two leave behind, with what they print."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    driver = [str(ROOT / "tests" / "ranks.py"), json.dumps(COMMANDS)]
+    driver = [str(ROOT / "tests" / "one_rank.py"), json.dumps(COMMANDS)]
     said = finish([sys.executable, *driver], one)
     (two / "landscape").mkdir()
     (two / "landscape" / "landscape.npz").write_bytes((one / "landscape" / "landscape.npz").read_bytes())
@@ -111,7 +112,7 @@ def test_distilled_sets_are_the_same_bit_for_bit(folders):
 
 def test_data_parallel_training_is_that_of_one_process_within_rounding(folders):
     for number in (0, 1):
-        one, two = (common.load_mask(folder / "data" / f"r{number}.pt") for folder in folders[:2])
+        one, two = (tickets.load_mask(folder / "data" / f"r{number}.pt") for folder in folders[:2])
         for name, value in one["init"].items():  # of round 0: trained for an epoch
             torch.testing.assert_close(two["init"][name], value, rtol=1e-4, atol=1e-6)
         assert [int(m.sum()) for m in one["masks"].values()] == [int(m.sum()) for m in two["masks"].values()]

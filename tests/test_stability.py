@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import endpoints
+import tickets
 import splits
 import stability
 from common import Split, UserError
@@ -34,7 +34,7 @@ def subnetwork(seed=0, **changes):
     config = CONFIG | changes
     model = common.build_network(config, seed)
     masks = half_mask(model, seed)
-    return {"format": common.MASK_FORMAT, "round": 3, "sparsity": common.sparsity(masks), "masks": masks,
+    return {"format": tickets.MASK_FORMAT, "round": 3, "sparsity": common.sparsity(masks), "masks": masks,
             "init": model.state_dict(), "config": config, "results": {}}
 
 
@@ -174,7 +174,7 @@ def test_align_refuses_networks_whose_units_it_does_not_know():
 
 def trained(folder, ticket, order, **options):
     split = splits.load_real(dict(ticket["config"]), folder)[0]
-    return endpoints.endpoint(folder, folder / "r3.pt", ticket, split, order, **options)
+    return tickets.endpoint(folder, folder / "r3.pt", ticket, split, order, **options)
 
 
 def test_interrupted_training_ends_bit_identical(tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_interrupted_training_ends_bit_identical(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real_train(*arguments)
 
-    monkeypatch.setattr(endpoints.time, "monotonic", lambda: next(clock))  # a minute for each epoch: saved every time
+    monkeypatch.setattr(tickets.time, "monotonic", lambda: next(clock))  # a minute for each epoch: saved every time
     monkeypatch.setattr(common, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "parts", ticket, 1)
@@ -267,7 +267,7 @@ def saved_result(path, data, sparsity, accuracy, losses):
     pair = {"orders": "0-1", "train_loss": losses, "test_loss": losses, "test_accuracy": [accuracy] * 3,
             "train_error": [0.] * 3, "test_error": [1 - accuracy] * 3}
     settings = dict(model="convnet3", dataset="digits", images=5000, epochs=2, from_epoch=0, bn="lerp", align=False)
-    common.save(path, {"format": stability.FORMAT, "mask": path.name, "family": common.family(config), "round": 4,
+    common.save(path, {"format": stability.FORMAT, "mask": path.name, "family": tickets.family(config), "round": 4,
                        "sparsity": sparsity, "settings": settings, "config": config,
                        "pairs": [pair | stability.barriers(pair)]})
 

@@ -1,4 +1,4 @@
-"""Several scripts one after the other in one group of processes: python ranks.py '[["prune", "--data", "real"], ...]'
+"""Several scripts one after the other in one group: python one_rank.py '[["prune", "--data", "real"], ...]'
 
 Under torchrun or without: in a small test, starting Python is what costs most. Every rank prints a line of JSON to
 stderr for the start and for each script: seconds, of the clock and of its CPU and, with --measure, messages.
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import common
+import ranks
 
 
 class CountingStore(torch.distributed.Store):
@@ -82,7 +83,7 @@ def main(commands, counts, stderr=sys.stderr):
         sys.argv, began, used = [script, *arguments], time.perf_counter(), time.process_time()
         if arguments:
             importlib.import_module(script).main()
-        line = {"name": script, "place": place, "rank": common.together.get().rank,
+        line = {"name": script, "place": place, "rank": ranks.together.get().rank,
                 "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used, **counts}
         print(json.dumps(line) + "\n", end="", file=stderr)
         counts.clear()

@@ -1,4 +1,4 @@
-"""Subnetworks trained on real data: what stability.py, landscape.py and hessian.py read and share.
+"""Tickets: the mask files of prune.py, and the subnetworks that they name, trained on real data.
 
 An end point is a subnetwork trained from its initial weights in one data order. It is trained once, kept, and found
 again by the other scripts.
@@ -8,13 +8,118 @@ import itertools
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import common
+import ranks
 import splits
 from common import UserError, positive, random_stream
 
+MASK_FORMAT = "lottery-mask-1"
 ENDPOINT_FORMAT = "lottery-endpoint-1"
+
+#############################################
+#                Mask files                 #
+#############################################
+
+
+def load_mask(path, config=None, device="cpu"):
+    """A mask file as prune.py writes it: a dict with round, sparsity, masks, init, config, results.
+
+    Also takes a torch.nn.utils.prune state dict (`weight_orig`, `weight_mask`); its tensors are matched to the
+    prunable weights of the network that `config` describes, in order. Raises UserError.
+    """
+    data = common.load(path, device)
+    if not isinstance(data, dict):
+        data = {}
+    if data.get("format") != MASK_FORMAT:
+        if not any(str(key).endswith("weight_mask") for key in data):
+            raise UserError(f"{path}: not a mask file of prune.py, nor a torch.nn.utils.prune state dict")
+        if config is None:
+            raise UserError(f"{path}: a torch.nn.utils.prune state dict names no network; give --model and --dataset")
+        data = from_torch_prune(path, data, config)
+    check_mask(path, data)
+    return data
+
+
+def wrong_setting(config):
+    """A key of a mask file's config that lacks a value, or has one that prune.py would not have written; or None."""
+    def text(*known):
+        return lambda value: isinstance(value, str) and (not known or value in known)
+
+    def count(value):
+        return type(value) is int and value > 0
+
+    def between(least, most):
+        return lambda value: isinstance(value, (int, float)) and least <= value <= most
+
+    needed = {"model": text(), "dataset": text(), "channels": count, "image_size": count, "num_classes": count,
+              "data": text("distilled", "real", "subset", "random"), "seed": lambda value: type(value) is int,
+              "eval_epochs": count}
+    optional = {"width": count, "norm": text("instance", "batch", "none"), "train_images": count, "ipc": count,
+                "lr": between(0, 1e6), "momentum": between(0, 1), "weight_decay": between(0, 1e6), "batch_size": count,
+                "augment": text("dsa", "imagenet", "none"), "cutmix": between(0, 1),
+                "sparse": text("auto", "on", "off")}
+    for key, fits in (needed | optional).items():
+        if not (fits(config.get(key)) or key in optional and config.get(key) is None):
+            return key
+
+
+def check_mask(path, data):
+    """Raises UserError unless a mask file's dict is complete and its masks and initial state fit its network."""
+    parts = {"config": dict, "masks": dict, "init": dict, "results": dict, "round": int, "sparsity": float}
+    wrong = next((key for key, kind in parts.items() if not isinstance(data.get(key), kind)), None)
+    if wrong:
+        raise UserError(f"{path}: mask file without {wrong}")
+    config = data["config"]
+    if wrong := wrong_setting(config):
+        raise UserError(f"{path}: {wrong} {config.get(wrong)!r} in its config is not one of prune.py")
+    try:
+        with torch.device("meta"):  # shapes, without the memory that a hostile file may ask for
+            network = common.build_network(config)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: its config describes no network ({str(error)[:80]})") from error
+    masks = {name: torch.empty_like(weight, dtype=torch.bool) for name, weight in common.prunable(network).items()}
+    for part, expected in ("masks", masks), ("init", network.state_dict()):
+        held = {name: (v.shape, v.dtype, v.layout) for name, v in data[part].items() if torch.is_tensor(v)}
+        if held != {name: (v.shape, v.dtype, v.layout) for name, v in expected.items()}:
+            raise UserError(f"{path}: its {part} do not fit its network {config['model']}")
+    broken = next((name for name, value in data["init"].items() if not value.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{path}: {broken} holds NaN or infinity")
+
+
+def from_torch_prune(path, state, config):
+    """A mask file's dict from `<name>_orig` and `<name>_mask` entries, matched to our names by order and shape."""
+    model = common.build_network(config, config.get("seed", 0))
+    found = [(state.get(key[:-4] + "orig"), state[key]) for key in map(str, state) if key.endswith("weight_mask")]
+    names = list(common.prunable(model))
+    shapes = [(weight.shape, weight.shape) for weight in common.prunable(model).values()]
+    if [tuple(v.shape for v in pair if torch.is_tensor(v)) for pair in found] != shapes:
+        raise UserError(f"{path}: {len(found)} masked weights that do not fit {config['model']} "
+                        f"(--model, --width and --dataset choose the network)")
+    init = model.state_dict()
+    init.update({name: weight for name, (weight, _) in zip(names, found)})
+    masks = {name: m.bool() for name, (_, m) in zip(names, found)}
+    return {"format": MASK_FORMAT, "round": 0, "sparsity": common.sparsity(masks), "masks": masks, "init": init,
+            "config": dict(config), "results": {}}
+
+
+def family(config):
+    """How a mask was found, in the words of legends and tables."""
+    names = {"distilled": f"synthetic, {config.get('ipc')} a class", "real": "IMP",
+             "subset": f"real subset, {config.get('ipc')} a class", "random": "random masks"}
+    rewound = f", rewound to epoch {config['rewind']}" if config.get("rewind") else ""
+    started = f", from {Path(config['start']).stem}" if config.get("start") else ""
+    return names[config["data"]] + rewound + started
+
+
+def label(subnetwork):
+    """Family and sparsity of a mask file's dict."""
+    percent = 100 * subnetwork["sparsity"]
+    return f"{family(subnetwork['config'])}, {percent:.3g}% sparse" if percent else "dense"
+
 
 #############################################
 #                Subnetworks                #
@@ -65,11 +170,11 @@ def load_subnetworks(paths, args):
         unnamed |= dict(augment="imagenet", cutmix=1.) if unnamed["image_size"] > 64 else {}
     elif not paths:
         raise UserError("no --mask given; --dataset digits takes a dense network and needs no mask file")
-    subnetworks = {path: common.load_mask(path, unnamed, device) for path in mask_files(paths)}
+    subnetworks = {path: load_mask(path, unnamed, device) for path in mask_files(paths)}
     if not paths:
         model = common.build_network(unnamed, unnamed["seed"]).to(device)
         subnetworks[Path(Path(args.dataset).name) / "dense.pt"] = {
-            "format": common.MASK_FORMAT, "round": 0, "sparsity": 0., "masks": common.dense_mask(model),
+            "format": MASK_FORMAT, "round": 0, "sparsity": 0., "masks": common.dense_mask(model),
             "init": model.state_dict(), "config": unnamed, "results": {}}
     first_path, first = next(iter(subnetworks.items()))
     for path, other in subnetworks.items():
@@ -144,13 +249,13 @@ def train_ahead(folder, subnetworks, split, orders, epochs=None, seed=None, shar
 
     They are found when they are asked for; one process trains them only then.
     """
-    if common.together.get().size == 1:
+    if ranks.together.get().size == 1:
         return
     paths = {result_path(folder, path, ""): path for path in subnetworks}.values()  # two of one result are trained once
     length = epochs or next(iter(subnetworks.values()))["config"]["eval_epochs"]
-    for path in common.share(paths, "epochs shared by the orders", shared) if shared else ():
+    for path in ranks.share(paths, "epochs shared by the orders", shared) if shared else ():
         endpoint(folder, path, subnetworks[path], split, None, epochs, seed, shared, overwrite)
-    for path, order in common.share(itertools.product(paths, range(orders)), "epochs of all end points", length):
+    for path, order in ranks.share(itertools.product(paths, range(orders)), "epochs of all end points", length):
         endpoint(folder, path, subnetworks[path], split, order, epochs, seed, shared, overwrite)
 
 
@@ -167,7 +272,7 @@ def train_endpoint(path, point, last, about, split, recipe, generator):
             momenta = trained.momenta
             bar.set_postfix(loss=f"{trained.loss:.3f}", accuracy=f"{trained.accuracy:.1%}", refresh=False)
             bar.update()
-            common.together.get().step()
+            ranks.together.get().step()
             if epoch + 1 == last or time.monotonic() - saved > 30:
                 point = about | {"epochs_done": epoch + 1, "state": model.state_dict()}
                 if epoch + 1 < recipe.epochs:
