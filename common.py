@@ -35,7 +35,6 @@ from torch import nn
 
 import ranks
 
-
 #############################################
 #             Errors and files              #
 #############################################
@@ -441,6 +440,11 @@ class Recipe(NamedTuple):
     amp: bool = False  # train in bfloat16
     compile: bool = False  # run the step through torch.compile
 
+    @property
+    def skipping(self):
+        """`sparse`, but "off" where the training step has no sparse form."""
+        return "off" if self.amp or self.compile else self.sparse
+
     def learning_rate(self, epoch):
         return self.lr * .2 ** ((epoch >= 2 * self.epochs // 3) + (epoch >= 5 * self.epochs // 6))
 
@@ -496,8 +500,7 @@ def train(model, split, recipe, generator, mask=None, span=None, momenta=None, p
     Ranks that work together train one network on the same batches: each computes the gradient of its slice.
     """
     ops = compiled_ops()
-    sparse = "off" if recipe.amp or recipe.compile else recipe.sparse
-    step_, network = (ops.masked_sgd_, ops.fused(model, mask, sparse)) if ops else (masked_sgd_, model)
+    step_, network = (ops.masked_sgd_, ops.fused(model, mask, recipe.skipping)) if ops else (masked_sgd_, model)
     apply_mask(model, mask or {})
     names, params = zip(*model.named_parameters())
     masks = [mask.get(name) if mask else None for name in names]

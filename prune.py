@@ -152,7 +152,7 @@ def train_with_bar(title, model, split, recipe, stream, mask=None, span=None):
     """common.train under a progress bar; an error says which round it came from."""
     first, last = span or (0, recipe.epochs)
     ops = common.compiled_ops()
-    path = ops.path(model, mask, recipe.sparse) if ops else "dense"
+    path = ops.path(model, mask, recipe.skipping) if ops else "dense"
     with tqdm(total=last - first, desc=f"{title} ({path})", unit="epoch", disable=None, leave=False) as bar:
         def progress(epoch, loss, accuracy):
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)

@@ -75,8 +75,9 @@ def check_mask(path, data):
     config = data["config"]
     if wrong := wrong_setting(config):
         raise UserError(f"{path}: {wrong} {config.get(wrong)!r} in its config is not one of prune.py")
+    own = ":" not in config["model"]
     try:
-        with torch.device("meta"):  # shapes, without the memory that a hostile file may ask for
+        with torch.device("meta" if own else "cpu"):  # shapes, without the memory that a hostile file may ask for
             network = common.build_network(config)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: its config describes no network ({str(error)[:80]})") from error
@@ -85,7 +86,7 @@ def check_mask(path, data):
         held = {name: (v.shape, v.dtype, v.layout) for name, v in data[part].items() if torch.is_tensor(v)}
         if held != {name: (v.shape, v.dtype, v.layout) for name, v in expected.items()}:
             raise UserError(f"{path}: its {part} do not fit its network {config['model']}")
-    broken = next((name for name, value in data["init"].items() if not value.isfinite().all()), None)
+    broken = next((name for name, _ in network.named_parameters() if not data["init"][name].isfinite().all()), None)
     if broken:
         raise UserError(f"{path}: {broken} holds NaN or infinity")
 

@@ -254,6 +254,19 @@ def test_files_that_are_no_masks(content, run, tmp_path):
         run(*QUICK, "--start", "bad.pt")
 
 
+def test_mask_of_an_own_network_that_computes_while_it_is_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ownnet.py").write_text("""import torch
+class Net(torch.nn.Sequential):
+    def __init__(self, num_classes):
+        width = int(torch.linspace(1, 8, 2).tolist()[-1])
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, width), torch.nn.Linear(width, num_classes))
+        self.register_buffer("barred", torch.full((2,), -torch.inf))
+""")
+    prune.main(["--dataset", "digits", "--data", "real", "--model", "ownnet:Net", "--rounds", "1", "--epochs", "1"])
+    assert tickets.load_mask("masks/r1.pt")["round"] == 1
+
+
 def test_mask_of_another_network(finished, run):
     with pytest.raises(common.UserError, match="another network"):
         run(*QUICK, "--start", finished / "r1.pt", "--model", "resnet10", "--out", "masks")
