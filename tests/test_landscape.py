@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import common
-import tickets
 import splits
+import tickets
 import landscape
 from common import UserError
 

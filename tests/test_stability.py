@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import tickets
 import splits
+import tickets
 import stability
 from common import Split, UserError
 
