@@ -582,7 +582,7 @@ def analyse(path, subnetwork, train, settings, args):
         return earlier
     masks, dtype, seed = subnetwork["masks"], getattr(torch, args.dtype), settings["batch_seed"]
     trained = tickets.endpoint(args.endpoints, path, subnetwork, train, 0, args.epochs, args.seed,
-                              overwrite=args.overwrite)
+                               overwrite=args.overwrite)
     model = common.build_network(subnetwork["config"]).to(train.labels.device)
     model.load_state_dict(trained["state"])
     common.apply_mask(model, masks)

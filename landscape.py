@@ -420,7 +420,7 @@ def train_planes(subnetworks, train, names, args):
     planes = []
     for path, subnetwork in subnetworks.items():
         states = [tickets.endpoint(args.endpoints, path, subnetwork, train, order, args.epochs, args.seed,
-                                  overwrite=args.overwrite)["state"] for order in range(args.orders)]
+                                   overwrite=args.overwrite)["state"] for order in range(args.orders)]
         planes.append(make_plane(args.plane, states, names, common.random_stream(args.seed or 0, "plane")))
     return planes
 
@@ -443,7 +443,7 @@ def main():
     model = common.build_network(next(iter(subnetworks.values()))["config"]).to(train.labels.device)
     names = [name for name, _ in model.named_parameters()]
     tickets.train_ahead(args.endpoints, subnetworks, train, args.orders, args.epochs, args.seed,
-                          overwrite=args.overwrite)
+                        overwrite=args.overwrite)
     planes = train_planes(subnetworks, train, names, args)
     about = {key: np.array([getattr(plane, key) for plane in planes]) for key in ("models", "residuals", "explained")}
     about |= {"labels": [tickets.label(one) for one in subnetworks.values()], "settings": json.dumps(settings)}

@@ -188,7 +188,7 @@ def measure(path, subnetwork, train, test, settings, out, overwrite=False):
     model = common.build_network(config).to(train.labels.device)
     groups = permutation_groups(model) if settings["align"] else None
     states = [tickets.endpoint(out, path, subnetwork, train, order, settings["epochs"], settings["seed"],
-                              settings["from_epoch"], overwrite)["state"] for order in range(settings["orders"])]
+                               settings["from_epoch"], overwrite)["state"] for order in range(settings["orders"])]
     file = tickets.result_path(out, path, "_aligned.json" if settings["align"] else ".json")
     if file.exists() and (earlier := common.load(file)).get("settings") == settings:
         return earlier
@@ -211,7 +211,7 @@ def measure_ahead(jobs, train, test, args):
         return
     jobs = [job for i, job in enumerate(jobs) if job[2] not in [settings for _, _, settings in jobs[:i]]]
     tickets.train_ahead(args.out, {path: subnetwork for path, subnetwork, _ in jobs}, train, args.orders,
-                          args.epochs, args.seed, args.from_epoch, args.overwrite)
+                        args.epochs, args.seed, args.from_epoch, args.overwrite)
     for path, subnetwork, settings in ranks.share(jobs, "lines of all masks"):
         measure(path, subnetwork, train, test, settings, args.out)
 
