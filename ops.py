@@ -34,7 +34,8 @@ THREADS = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is
 CPU_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *THREADS]
 CUDA_FLAGS = ["-O3"]
 CHUNK = 64  # images that a CPU evaluates at a time, so that their activations stay near
-GROUP = 4  # points of weight space that are evaluated side by side
+GROUP = 4  # points of weight space that are evaluated side by side,
+SHARING_GROUP = 12  # when they share the convolution of their first layer
 
 #############################################
 #             Finding, building             #
@@ -200,6 +201,17 @@ def conv_norm_relu_pool_reference(x, kernel, weight, bias, padding, eps=1e-5):
     return norm_relu_pool_reference(F.conv2d(x, kernel, padding=padding), weight, bias, eps)
 
 
+def conv_norm_relu_pool_points_reference(x, kernels, coefficients, weight, bias, padding, eps=1e-5):
+    """conv_norm_relu_pool at K points between M networks: kernels [M, C, I, h, w], coefficients [K, M], weight and bias
+    [K, C]; returns [K, N, C, H // 2, W // 2].
+
+    Op: conv_norm_relu_pool_points(x, kernels, coefficients, weight, bias, padding, eps), without gradient, M 2 or 3, C
+    a multiple of 16, float32 on a CPU. A convolution is linear in its kernel: M of them serve any number of points.
+    """
+    points = torch.einsum("km,mcihw->kcihw", coefficients, kernels)
+    return torch.stack([conv_norm_relu_pool_reference(x, *point, padding, eps) for point in zip(points, weight, bias)])
+
+
 def conv3x3_reference(x, kernel):
     """Convolution with stride 1 and padding 1, x [N, I, H, W], kernel [O, I, 3, 3], I and O multiples of 16, float32.
 
@@ -246,6 +258,11 @@ def register():
     @torch.library.register_fake("lottery::conv_norm_relu_pool")
     def _(x, kernel, weight, bias, padding, eps):
         return pooled_like(x, weight, *(x.shape[d] + 2 * padding - kernel.shape[d] + 1 for d in (2, 3)))
+
+    @torch.library.register_fake("lottery::conv_norm_relu_pool_points")
+    def _(x, kernels, coefficients, weight, bias, padding, eps):
+        size = ((x.shape[d] + 2 * padding - kernels.shape[d + 1] + 1) // 2 for d in (2, 3))
+        return x.new_empty(len(weight), len(x), *size, weight.shape[1]).movedim(4, 2)
 
     @torch.library.register_fake("lottery::conv_norm_relu_pool_backward")
     def _(grad, x, kernel, weight, bias, mean, rstd, padding):
@@ -336,14 +353,24 @@ class Fused(nn.Module):
         for twin, module in self.copies:
             twin.training = module.training
         if not torch.is_grad_enabled():
-            for layer in self.readied:  # once for all chunks
-                layer.ready()
+            self.ready()  # once for all chunks
         if not self.plain or x.device.type != "cpu":
             return self.network(x)
         x = x.contiguous(memory_format=torch.channels_last)
         if self.model[0].training or torch.is_grad_enabled():
             return self.network(x)
         return torch.cat([self.network(chunk) for chunk in x.split(CHUNK)])
+
+    def ready(self):
+        """Work that depends on the parameters alone, before evaluation."""
+        for layer in self.readied:
+            layer.ready()
+
+    def after_first(self, x):
+        """What an nn.Sequential, made ready, makes of its first layer's result."""
+        for layer in list(self.network.children())[1:]:
+            x = layer(x)
+        return x
 
 
 def path(model, mask=None, sparse="auto"):
@@ -352,17 +379,18 @@ def path(model, mask=None, sparse="auto"):
     return "sparse" if wanted else "dense"
 
 
-def fused(model, mask=None, sparse="auto"):
+def fused(model, mask=None, sparse="auto", plans=None):
     """A cheap view of `model`, equal to it within rounding. The model itself never changes.
 
     With a `mask` it meets the surviving weights only (sparse.py): `sparse` "auto" where that pays, "on" or "off".
+    Views with one mask may share a dict of `plans`.
 
     In every nn.Sequential the run [instance norm, ReLU, AvgPool2d(2)] becomes one op, together with a convolution
     before it, whose bias the norm cancels and which therefore gets no gradient. In eval mode without gradients
     BatchNorm is folded into the convolution before it, in nn.Sequential and in common's ResNets.
     """
     if path(model, mask, sparse) == "sparse":
-        return SparseNetwork(model, mask)
+        return SparseNetwork(model, mask, plans)
     parameter = next(model.parameters(), None)
     return Fused(model) if parameter is not None and runs_on(parameter.device.type) else model
 
@@ -544,12 +572,16 @@ def evaluate_points(model, states, coefficients, splits, mask=None, progress=Non
     keep = torch.ones_like(flat[0], dtype=torch.bool) if mask else None
     for name, kept in (mask or {}).items():
         views(keep)[name].copy_(kept)
-    points = flat.new_empty(min(GROUP, len(coefficients)), flat.shape[1])
-    networks = [fused(bound(model, views(point)), mask, sparse) for point in points]
+    first = first_layer_of_points(model, [views(row) for row in (flat if keep is None else flat * keep)])
+    size = min(SHARING_GROUP if first else GROUP, len(coefficients))
+    points, plans = flat.new_empty(size, flat.shape[1]), {}
+    networks = [fused(bound(model, views(point)), mask, sparse, plans) for point in points]
     scores = []
-    for group in torch.tensor(coefficients, dtype=torch.float32, device=flat.device).split(GROUP):
+    for group in torch.tensor(coefficients, dtype=torch.float32, device=flat.device).split(size):
         torch.ops.lottery.combine_(points[:len(group)], flat, group, keep)
-        sums = [sum_of_scores(networks[:len(group)], split).tolist() for split in splits]
+        states_of_group = [views(point) for point in points[:len(group)]]
+        shared = first and functools.partial(first, group, states_of_group)
+        sums = [sum_of_scores(networks[:len(group)], split, shared).tolist() for split in splits]
         scores += [[common.score(*point, len(split)) for point, split in zip(row, splits)] for row in zip(*sums)]
         for _ in group if progress else ():
             progress()
@@ -557,14 +589,43 @@ def evaluate_points(model, states, coefficients, splits, mask=None, progress=Non
     return scores
 
 
-def sum_of_scores(networks, split, batch_size=500):
-    """Sums [K, 3] over `split` of the networks' loss, squared loss and correct answers; they share the images."""
+def first_layer_of_points(model, states):
+    """A function (coefficients [K, M], K states between the M `states`, images) -> the results [K, N, C, H, W] of the
+    first layer of `model` at the K points; None when the op does not take that layer."""
+    network = fused(model).network
+    layer = next(network.children(), None)
+    if not (isinstance(network, nn.Sequential) and isinstance(layer, ConvBlock) and layer.few_channels
+            and layer.conv.weight.device.type == "cpu" and layer.conv.out_channels % 16 == 0 and len(states) in (2, 3)):
+        return None
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kernel, weight, bias = (names[id(p)] for p in (layer.conv.weight, layer.norm.weight, layer.norm.bias))
+    kernels = torch.stack([state[kernel] for state in states])
+
+    def first(coefficients, points, images):
+        affine = (torch.stack([point[name] for point in points]) for name in (weight, bias))
+        return torch.ops.lottery.conv_norm_relu_pool_points(
+            images, kernels, coefficients, *affine, layer.conv.padding[0], layer.norm.eps)
+
+    return first
+
+
+@torch.no_grad()
+def sum_of_scores(networks, split, first=None):
+    """Sums [K, 3] over `split` of the networks' loss, squared loss and correct answers; they share the images.
+
+    `first` gives the results of all networks' first layers at once.
+    """
     sums = torch.zeros(len(networks), 3, dtype=torch.float64, device=split.labels.device)
-    with torch.no_grad():
-        for start in range(0, len(split), batch_size):
-            images, labels = split.batch(slice(start, start + batch_size))
-            logits = torch.stack([network(images) for network in networks])
-            sums += torch.ops.lottery.cross_entropy_top1(logits, labels)
+    batch_size = CHUNK if first else 500
+    for network in networks if first else ():
+        network.ready()
+    for start in range(0, len(split), batch_size):
+        images, labels = split.batch(slice(start, start + batch_size))
+        if first:
+            logits = [network.after_first(x) for network, x in zip(networks, first(images))]
+        else:
+            logits = [network(images) for network in networks]
+        sums += torch.ops.lottery.cross_entropy_top1(torch.stack(logits), labels)
     return sums
 
 

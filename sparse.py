@@ -132,9 +132,9 @@ def update_running_statistics(norm, mean, variance, count):
 class Stage:
     """Convolution, norm, residual addition, ReLU and pooling on Blocked activations (the first takes [N, C, H, W])."""
 
-    def __init__(self, conv, norm, mask, relu=True, pool=1, halo=HALO):
-        self.conv, self.norm, self.mask, self.relu, self.pool, self.halo = conv, norm, mask, relu, pool, halo
-        self.plans = {}
+    def __init__(self, conv, norm, mask, plans, relu=True, pool=1, halo=HALO):
+        self.conv, self.norm, self.mask, self.plans = conv, norm, mask, plans
+        self.relu, self.pool, self.halo = relu, pool, halo
 
     def __call__(self, x, residual=None):
         x, training = blocked(x, self.conv.padding[0]), self.norm.training
@@ -150,9 +150,8 @@ class Stage:
 class Classifier:
     """The linear layer, as a 1x1 convolution of one-pixel images; returns [N, classes]."""
 
-    def __init__(self, linear, mask):
-        self.linear, self.mask = linear, mask[:, :, None, None]
-        self.plans = {}
+    def __init__(self, linear, mask, plans):
+        self.linear, self.mask, self.plans = linear, mask[:, :, None, None], plans
 
     def __call__(self, x):
         x = Blocked(x.inside().flatten(1, 3)[:, :, None, None], 0, x.images)
@@ -200,12 +199,16 @@ class SparseNetwork:
     """A view of `model` that computes images [N, C, H, W] -> logits [N, classes], sharing its parameters and buffers.
 
     `mask` says which weights survive; the others are taken as 0, whatever they are, and get gradient 0. Without
-    gradients the images are taken in chunks that suit the cache.
+    gradients the images are taken in chunks that suit the cache. `plans`: a dict that views with one mask share.
     """
 
-    def __init__(self, model, mask):
+    def __init__(self, model, mask, plans=None):
+        plans = {} if plans is None else plans
+
         def stage(conv, norm, **options):
-            return Stage(model.get_submodule(conv), model.get_submodule(norm), mask[f"{conv}.weight"], **options)
+            return Stage(model.get_submodule(conv), model.get_submodule(norm), mask[f"{conv}.weight"],
+                         plans.setdefault(conv, {}), **options)
+
         if isinstance(model, common.ConvNet3):
             self.stages = [stage(f"conv{i}", f"norm{i}", pool=2, halo=0 if i == 3 else HALO) for i in (1, 2, 3)]
         else:
@@ -213,7 +216,7 @@ class SparseNetwork:
             blocks = {name: module for name, module in model.named_children() if isinstance(module, common.BasicBlock)}
             self.stages += [residual_block(stage, name, len(block.shortcut) > 0) for name, block in blocks.items()]
             self.stages.append(global_average_pool)
-        self.stages.append(Classifier(model.linear, mask["linear.weight"]))
+        self.stages.append(Classifier(model.linear, mask["linear.weight"], plans.setdefault("linear", {})))
         self.model = model
 
     def __call__(self, images):
@@ -223,5 +226,15 @@ class SparseNetwork:
 
     def forward(self, x):
         for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def ready(self):
+        """Nothing: the lists of surviving weights are made when first used."""
+
+    def after_first(self, x):
+        """What the network makes of its first stage's result [N, C, H, W], channels last, without gradients."""
+        x = Blocked(torch.ops.lottery.sparse_blocked(x, HALO), HALO, len(x))
+        for stage in self.stages[1:]:
             x = stage(x)
         return x

@@ -182,6 +182,23 @@ inline std::array<int64_t, 2> check_conv_norm_relu_pool(const Tensor& x, const T
   return {height, width};
 }
 
+inline std::array<int64_t, 2> check_conv_norm_relu_pool_points(const Tensor& x, const Tensor& kernels,
+                                                               const Tensor& coefficients, const Tensor& weight,
+                                                               const Tensor& bias, int64_t padding) {
+  TORCH_CHECK(kernels.dim() == 5 && (kernels.size(0) == 2 || kernels.size(0) == 3) && kernels.size(1) % 16 == 0,
+              "conv_norm_relu_pool_points: kernels [2 or 3, C, I, h, w], C a multiple of 16, wanted, got ",
+              kernels.sizes());
+  const std::array<int64_t, 2> affine = {coefficients.size(0), kernels.size(1)};
+  TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(1) == kernels.size(0) &&
+                  weight.sizes() == at::IntArrayRef(affine) && bias.sizes() == at::IntArrayRef(affine),
+              "conv_norm_relu_pool_points: coefficients [K, ", kernels.size(0), "], weight and bias [K, ",
+              kernels.size(1), "] wanted, got ", coefficients.sizes(), ", ", weight.sizes(), " and ", bias.sizes());
+  for (const Tensor* t : {&x, &kernels, &coefficients, &weight, &bias})
+    TORCH_CHECK(t->scalar_type() == at::kFloat && t->device().is_cpu(),
+                "conv_norm_relu_pool_points: float32 on a CPU wanted, got ", t->scalar_type(), " on ", t->device());
+  return check_conv_norm_relu_pool(x, kernels[0], weight[0], bias[0], padding);
+}
+
 inline void check_conv3x3_kernel(const Tensor& kernel) {
   TORCH_CHECK(kernel.dim() == 4 && kernel.size(2) == 3 && kernel.size(3) == 3,
               "conv3x3: kernel [O, I, 3, 3] wanted, got ", kernel.sizes());

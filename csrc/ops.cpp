@@ -18,6 +18,9 @@ TORCH_LIBRARY_FRAGMENT(lottery, m) {
   m.def(
       "conv_norm_relu_pool_backward(Tensor grad, Tensor x, Tensor kernel, Tensor weight, Tensor bias, Tensor mean, "
       "Tensor rstd, int padding) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_norm_relu_pool_points(Tensor x, Tensor kernels, Tensor coefficients, Tensor weight, Tensor bias, "
+      "int padding, float eps) -> Tensor");
   m.def("conv3x3_kernel(Tensor kernel) -> Tensor");
   m.def("conv3x3(Tensor x, Tensor kernel) -> Tensor");
   m.def("conv3x3_backward(Tensor grad, Tensor x, Tensor kernel) -> (Tensor, Tensor)");

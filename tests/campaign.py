@@ -1,6 +1,7 @@
 """A campaign against faults, run once by hand; tests/test_campaign.py runs its last part.
 
     python tests/campaign.py kill --count 50       kill -9 at random moments over the five scripts
+    python tests/campaign.py kill --ranks 2        the same under torchrun: of one rank, or of the whole group
     python tests/campaign.py disk --count 10       a file system that is full at random moments (needs to mount a tmpfs)
     python tests/campaign.py input                 malformed files and flags, one after the other in one process
 
@@ -9,6 +10,7 @@ Each prints what it tried and what went wrong; exit code 1 when anything did.
 import argparse
 import contextlib
 import copy
+import functools
 import importlib
 import io
 import os
@@ -32,16 +34,16 @@ import common  # noqa: E402
 MASK = ["--mask", "masks/r3.pt", "--epochs", "20"]
 ENDPOINTS = ["--endpoints", "runs", "--out", "runs"]
 PRUNE = ["prune.py", "--dataset", "digits", "--data", "real", "--width", "8", "--epochs", "10", "--eval-epochs", "10",
-         "--train-images", "400", "--rounds", "5", "--evaluate", "--out"]
+         "--train-images", "400", "--rounds", "5", "--evaluate", "--seeds", "0", "1", "--out"]
 COMMANDS = {  # with what they write that must be the same bytes whatever happened before
-    "prune": (PRUNE + ["runs/masks"], "r*.pt"),
+    "prune": (PRUNE + ["runs"], "seed*/r*.pt"),
     "stability": (["stability.py", *MASK, "--out", "runs"], "masks/*"),
     "landscape": (["landscape.py", *MASK, "--grid", "31", "--orders", "3", *ENDPOINTS], "*.npz"),
     "hessian": (["hessian.py", *MASK, "--batch", "100", "--batches", "3", *ENDPOINTS], "masks/*"),
     "distill": (["distill.py", "--dataset", "digits", "--ipc", "2", "--outer", "80", "--repeats", "0",
                  "--out", "runs"], "data.pt"),
 }
-LAUNCH = [sys.executable]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "1000", "--nproc-per-node"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 #############################################
@@ -49,25 +51,39 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 #############################################
 
 
-def start(name, folder):
-    """The command `name` as a process in `folder`."""
+def start(name, folder, ranks=1):
+    """The command `name` as a process in `folder`, or as a torchrun of several."""
     script, *flags = COMMANDS[name][0]
-    return subprocess.Popen([*LAUNCH, str(ROOT / script), *flags], cwd=folder, env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    launch = [*TORCHRUN, str(ranks)] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *launch, str(ROOT / script), *flags], cwd=folder, env=ENVIRONMENT,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def strike(process, draw):
+    """kill -9: a process, or of a torchrun one rank, after which it goes on, or every other time all of it."""
+    family = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    if family and draw.random() < .5:
+        os.kill(draw.choice(family), signal.SIGKILL)
+        return
+    for pid in process.pid, *family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
 
 
 def prepare(folder):
     """A folder with a mask file that the commands read, and one with what every command makes of it undisturbed."""
-    common_start = [sys.executable, str(ROOT / PRUNE[0]), *PRUNE[1:-4], "--rounds", "3", "--out", "masks"]
+    common_start = [sys.executable, str(ROOT / PRUNE[0]), *PRUNE[1:-7], "--rounds", "3", "--out", "masks"]
     subprocess.run(common_start, cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
 
 
-def undisturbed(name, workshop):
+def undisturbed(name, workshop, ranks=1):
     """({file: bytes} of an undisturbed run, its seconds)."""
     folder = fresh(workshop, f"{name}_undisturbed")
     began = time.monotonic()
-    process = start(name, folder)
-    assert process.wait() == 0, process.stderr.read()
+    process = start(name, folder, ranks)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     return contents(name, folder), time.monotonic() - began
 
 
@@ -79,39 +95,45 @@ def fresh(workshop, name):
 
 
 def contents(name, folder):
-    pattern = COMMANDS[name][1]
-    place = folder / "runs" / ("masks" if name == "prune" else "")
-    return {path.name: path.read_bytes() for path in sorted(place.glob(pattern)) if path.suffix != ".png"}
+    paths = sorted((folder / "runs").glob(COMMANDS[name][1]))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.suffix != ".png"}
 
 
-def stamps(name, folder):
+def stamps(folder):
     """{finished round: when it was written}; a round is written once when found and once more when evaluated."""
-    rounds = folder.glob("runs/masks/r*.pt") if name == "prune" else ()
+    rounds = folder.glob("runs/seed*/r*.pt")
     return {path: path.stat().st_mtime_ns for path in rounds if "test_accuracy" in common.load(path)["results"]}
 
 
-def kill(name, workshop, count, seed=0):
+def kill(name, workshop, count, ranks=1, seed=0):
     """Kill the command `count` times at random moments, going on each time; a list of what went wrong."""
-    expected, seconds = undisturbed(name, workshop)
+    expected, seconds = undisturbed(name, workshop, ranks)
     draw, folder, wrong, kills = random.Random(f"{name} {seed}"), fresh(workshop, f"{name}_killed"), [], 0
+    process = None
     while kills < count:
-        before = stamps(name, folder)
-        process = start(name, folder)
+        if process is None or process.poll() is not None:
+            before, process = stamps(folder), start(name, folder, ranks)
         try:
-            process.wait(draw.uniform(.3 * seconds, seconds))
-            shutil.rmtree(folder / "runs")  # it was faster than the kill: from the beginning again
-            continue
+            process.communicate(timeout=draw.uniform(.3 * seconds, seconds))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        kills += 1
-        lost = [path.name for path, stamp in before.items() if not path.exists() or path.stat().st_mtime_ns != stamp]
-        if lost:
-            wrong.append(f"{name}, kill {kills}: {', '.join(lost)} written again")
-    last = start(name, folder)
-    if last.wait() or contents(name, folder) != expected:
-        wrong.append(f"{name}: not the files of an undisturbed run. {last.stderr.read()[-300:]}")
-    print(f"kill {name:<10} {kills} kills in a command of {seconds:.1f} s: {'; '.join(wrong) or 'all as undisturbed'}")
+            strike(process, draw)
+            kills += 1
+            now = stamps(folder)
+            lost = [str(path.relative_to(folder)) for path in before if now.get(path) != before[path]]
+            if lost:
+                wrong.append(f"{name}, kill {kills}: {', '.join(lost)} written again")
+            before = now
+        else:  # it was faster than the kill: from the beginning again
+            if contents(name, folder) != expected:
+                wrong.append(f"{name}, after kill {kills}: not the files of an undisturbed run")
+            shutil.rmtree(folder / "runs")
+    if process.poll() is not None:
+        process = start(name, folder, ranks)
+    _, errors = process.communicate()
+    if process.returncode or contents(name, folder) != expected:
+        wrong.append(f"{name}: not the files of an undisturbed run. {errors[-300:]}")
+    print(f"kill {name:<10} {kills} kills in a command of {seconds:.1f} s on {ranks} rank{'s' * (ranks > 1)}: "
+          f"{'; '.join(wrong) or 'all as undisturbed'}", flush=True)
     return wrong
 
 
@@ -132,7 +154,8 @@ def disk(name, workshop, count, seed=0):
                 wrong.append(f"{name}, room for {size} bytes: exit code {process.returncode}, {errors[-300:]}")
             subprocess.run(["mount", "-o", "remount,size=100m", folder / "runs"], check=True)
             process = start(name, folder)
-            if process.wait() or contents(name, folder) != expected:
+            process.communicate()
+            if process.returncode or contents(name, folder) != expected:
                 wrong.append(f"{name}, room for {size} bytes, then more: not the files of an undisturbed run")
         finally:
             subprocess.run(["umount", folder / "runs"], check=True)
@@ -366,6 +389,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kill", "disk", "input"))
     parser.add_argument("--count", type=int, default=50, help="kills or full disks in all (50)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes, under torchrun when several; for kill (1)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -376,7 +400,7 @@ def main():
             print(f"{cases} malformed inputs, {len(wrong)} not refused as they should; peak memory {peak:.2f} GiB")
             print(*wrong, sep="\n")
         else:
-            test = {"kill": kill, "disk": disk}[args.what]
+            test = functools.partial(kill, ranks=args.ranks) if args.what == "kill" else disk
             wrong = [line for name in COMMANDS for line in test(name, folder, -(-args.count // len(COMMANDS)))]
     sys.exit(bool(wrong))
 

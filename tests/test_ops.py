@@ -249,6 +249,27 @@ def test_conv_norm_relu_pool_and_gradient(device, dtype, channels_in, channels, 
         torch.testing.assert_close(one.double(), other, rtol=0, atol=10 * TOLERANCE[dtype] * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("networks, points, channels_in, size, kernel, padding",
+                         [(2, 11, 3, 16, 3, 1), (3, 1, 1, 9, 3, 3), (3, 4, 2, 3, 2, 0)])
+def test_conv_norm_relu_pool_points(networks, points, channels_in, size, kernel, padding):
+    x, kernels = torch.randn(5, channels_in, size, size + 2), torch.randn(networks, 32, channels_in, kernel, kernel)
+    tensors = x, kernels, torch.randn(points, networks), torch.rand(points, 32) + .5, torch.randn(points, 32)
+    wanted = ops.conv_norm_relu_pool_points_reference(*(t.double() for t in tensors), padding)
+    close(torch.ops.lottery.conv_norm_relu_pool_points(*tensors, padding, 1e-5), wanted, TOLERANCE[torch.float32])
+    opcheck("conv_norm_relu_pool_points", *tensors, padding, 1e-5)
+
+
+def test_conv_norm_relu_pool_points_refuses():
+    x, kernels, coefficients, weight = (torch.randn(s) for s in ((1, 3, 8, 8), (2, 16, 3, 3, 3), (4, 2), (4, 16)))
+    op = torch.ops.lottery.conv_norm_relu_pool_points
+    for arguments, message in [((x, kernels[:1], coefficients, weight, weight), r"\[1, 16, 3, 3, 3\]"),
+                               ((x, kernels[:, :8], coefficients, weight, weight), r"\[2, 8, 3, 3, 3\]"),
+                               ((x, kernels, coefficients[:3], weight, weight), r"\[3, 2\]"),
+                               ((x, kernels, coefficients.double(), weight, weight), "Double")]:
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments, 1, 1e-5)
+
+
 @pytest.mark.parametrize("images, channels_in, channels, height, width",
                          [(2, 16, 32, 8, 8), (3, 32, 16, 5, 11), (1, 16, 16, 1, 3), (30, 16, 16, 4, 4),
                           (0, 16, 16, 4, 4)])
@@ -419,7 +440,7 @@ def test_points_are_the_fallbacks_and_independent_of_grouping(device, model, nor
     mask = {name: torch.rand(w.shape, device=device) < .7 for name, w in common.prunable(network).items()}
     splits = [common.Split(torch.randn(n, 3, 16, 16, device=device), torch.randint(4, (n,), device=device))
               for n in (505, 7)]
-    line = [(1 - a / 4, a / 4) for a in range(ops.GROUP + 1)]
+    line = [(1 - a / 9, a / 9) for a in range(ops.SHARING_GROUP + 1)]
     scores = ops.evaluate_points(network, states, line, splits, mask)
     for weights, point in zip(line, scores):
         exact = copy.deepcopy(network).double().eval()

@@ -85,12 +85,20 @@ def test_layout_round_trip():
     assert y.data.shape[1:4] == (3, 9, 8) and y.data.count_nonzero() == x.count_nonzero()
 
 
+@pytest.mark.parametrize("images", [3, 16, 21])
+def test_layout_from_channels_last(images):
+    x = torch.randn(images, 48, 5, 4).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(torch.ops.lottery.sparse_blocked(x, 1), sparse.blocked(x, 1).data)
+
+
 def test_wrong_shapes_are_named():
     plan, mask, x, weight, bias = layer(5, 7, 9, 6, 3, 1, 1, 3, .3)
     with pytest.raises(RuntimeError, match="x should be contiguous float32"):
         sparse.sparse_conv(plan, sparse.blocked(x[:, :, 1:], 1), weight)
     with pytest.raises(RuntimeError, match="weight should be"):
         sparse.sparse_conv(plan, sparse.blocked(x, 1), weight[1:])
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        torch.ops.lottery.sparse_blocked(x.contiguous(memory_format=torch.channels_last), 1)
     with pytest.raises(RuntimeError, match="stride should be 1 or 2, got 3"):
         torch.classes.lottery.SparseConv(mask, 9, 6, 1, 3, 1)
 

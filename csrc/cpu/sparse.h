@@ -5,6 +5,7 @@
 // All strides and offsets below count floats.
 #pragma once
 #include <cstdint>
+#include <utility>
 
 namespace lottery::sparse {
 
@@ -53,6 +54,9 @@ struct Kernels {
   // first <= r < last.
   void (*gather)(Grid<const float> src, int64_t stride, Grid<float> dst, int64_t height, int64_t width, Walk walk,
                  const float* bias, int64_t first, int64_t last);
+
+  // dst[c, y, x] = the lanes' images[lane][y, x, c], channels innermost; their number is a multiple of the lanes.
+  void (*interleave)(const float* const* images, int64_t channels, Grid<float> dst, int64_t height, int64_t width);
 
   // sum[k] += dot products over all positions and lanes of source k (walked with `stride`) and gradient k, for `count`
   // groups of quads.

@@ -259,6 +259,31 @@ struct SparseConv : torch::CustomClassHolder {
   }
 };
 
+// Channels-last activations [N, C, H, W] in the layout [B, C, H + 2 halo, W + 2 halo, L]; C a multiple of 16.
+Tensor blocked(const Tensor& x, int64_t halo) {
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
+                  x.size(1) % kMaxLanes == 0,
+              "x should be channels-last float32 [N, C, H, W], C a multiple of 16, got ", x.scalar_type(), " ",
+              x.sizes());
+  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), L = lanes(), B = ceil_div(N, L);
+  const Layout layout{C, H, W, halo};
+  Tensor y = at::empty(layout.sizes(B), x.options());
+  const std::vector<float> nothing(C * H * W);
+  const float* xp = x.const_data_ptr<float>();
+  float* yp = y.data_ptr<float>();
+  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b++) {
+      float* to = yp + b * C * layout.plane();
+      for (int64_t c = 0; c < C; c++) layout.zero_halo(to + c * layout.plane());
+      const float* images[kMaxLanes];
+      for (int64_t l = 0; l < L; l++) images[l] = b * L + l < N ? xp + (b * L + l) * C * H * W : nothing.data();
+      to += layout.inside();
+      kernels().interleave(images, C, {to, layout.plane(), layout.row(), L}, H, W);
+    }
+  });
+  return y;
+}
+
 // Calls work(block, first, last, thread) for every block and part of `channels`, thread < at::get_num_threads().
 template <typename Work>
 void parallel(int64_t blocks, int64_t parts, int64_t channels, Work work) {
@@ -515,6 +540,7 @@ TORCH_LIBRARY_FRAGMENT(lottery, m) {
             torch::arg("padding")})
       .def("positions", [](const c10::intrusive_ptr<SparseConv>& conv) { return conv->out.height * conv->out.width; });
   m.def("sparse_lanes", &lanes);
+  m.def("sparse_blocked", &blocked);
   m.def("sparse_conv_forward", &conv_forward);
   m.def("sparse_conv_backward", &conv_backward);
 }

@@ -5,7 +5,7 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
 
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 static inline vec load(const float* p) { return *(const vec*)p; }
 static inline void store(float* p, vec v) { *(vec*)p = v; }
@@ -32,6 +32,35 @@ static void gather_tile(const float* src, int64_t src_row, float* dst, const Gri
     UNROLL for (int i = 0; i < TY; i++)
       UNROLL for (int j = 0; j < TX; j++) store(out + i * grid.row + j * grid.step, sum[i][j]);
   }
+}
+
+// ---- change of layout: squares of LANES images and LANES channels, transposed ----
+
+// Swaps the lanes of a that have bit S in their number with those of b that have not.
+template <int S, int... lane>
+static inline void swap_lanes(vec& a, vec& b, std::integer_sequence<int, lane...>) {
+  const vec low = __builtin_shufflevector(a, b, (lane & S ? LANES + lane - S : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & S ? LANES + lane : lane + S)...);
+  a = low;
+}
+
+template <int S>
+static inline void transpose(vec* rows) {
+  UNROLL for (int i = 0; i < LANES; i++)
+    if (!(i & S)) swap_lanes<S>(rows[i], rows[i + S], std::make_integer_sequence<int, LANES>());
+  if constexpr (S > 1) transpose<S / 2>(rows);
+}
+
+static void interleave(const float* const* images, int64_t channels, Grid<float> dst, int64_t height, int64_t width) {
+  for (int64_t c = 0; c < channels; c += LANES)
+    for (int64_t y = 0; y < height; y++)
+      for (int64_t x = 0; x < width; x++) {
+        vec square[LANES];
+        UNROLL for (int l = 0; l < LANES; l++) square[l] = load(images[l] + (y * width + x) * channels + c);
+        transpose<LANES / 2>(square);
+        float* to = dst.data + c * dst.plane + y * dst.row + x * dst.step;
+        UNROLL for (int l = 0; l < LANES; l++) store(to + l * dst.plane, square[l]);
+      }
 }
 
 // ---- weight gradient: four dot products at a time, their lanes added up together ----
@@ -233,4 +262,4 @@ static void backward(const float* z, Pointwise p, const float* mean, const float
       write(i, j, load(z + (i * p.width + j) * LANES), load(g.data + i * g.row + j * LANES));
 }
 
-static constexpr Kernels kernels = {LANES, gather, weight_grad, moments, forward, backward_sums, backward};
+static constexpr Kernels kernels = {LANES, gather, interleave, weight_grad, moments, forward, backward_sums, backward};

@@ -1,4 +1,4 @@
-// conv_norm_relu_pool: a stride-1 convolution of few input channels (an image's), instance norm, ReLU and 2x2 average
+// conv_norm_relu_pool and, at many points of weight space, conv_norm_relu_pool_points: a stride-1 convolution of few input channels (an image's), instance norm, ReLU and 2x2 average
 // pooling. The convolution's output, the largest activation of a network, never leaves the cache: a thread computes one
 // image's group of 16 channels, normalises and pools it; the backward pass computes it again instead of storing it.
 #include <ATen/Parallel.h>
@@ -121,6 +121,62 @@ CLONES void backward(const Padded<A>& image, const A* kernel, Plane plane, int64
   for (; t < taps; ++t) correlate<A, 1>(image, scratch, plane, t, dkernel);
 }
 
+// The above for one image at every point sum over m of coefficients[point, m] * kernel[m]. The convolution is linear in
+// its kernel and so is done for M kernels, whatever the number of points; a point's mean and variance follow from the
+// means and covariances of the M planes. folded: [points, M + 1, 16] scratch, what multiplies each plane and is added.
+template <int M>
+CLONES void forward_points(const Padded<float>& image, const float* const* kernels, Plane plane, int64_t channels,
+                           const float* coefficients, int64_t points, Affine<float> affine, float eps, float* scratch,
+                           float* folded, float* pooled, int64_t pooled_step) {
+  using V = Vec<float>::type;
+  const int64_t size = plane.height * plane.width, half_width = plane.width / 2;
+  float mean[M][kGroup], covariance[M][M][kGroup];
+  for (int m = 0; m < M; ++m) {
+    const float* z = scratch + m * size * kGroup;
+    convolve_any(image, kernels[m], plane, scratch + m * size * kGroup);
+    sum_over(size, kGroup, mean[m], [&](int64_t p, int c) INLINE_LAMBDA { return z[p * kGroup + c]; });
+    for (int c = 0; c < kGroup; ++c) mean[m][c] /= float(size);
+    for (int n = 0; n <= m; ++n) {
+      const float* other = scratch + n * size * kGroup;
+      sum_over(size, kGroup, covariance[m][n], [&](int64_t p, int c) INLINE_LAMBDA {
+        return (z[p * kGroup + c] - mean[m][c]) * (other[p * kGroup + c] - mean[n][c]);
+      });
+      for (int c = 0; c < kGroup; ++c) covariance[n][m][c] = covariance[m][n][c] /= float(size);
+    }
+  }
+  for (int64_t k = 0; k < points; ++k)
+    for (int c = 0; c < kGroup; ++c) {
+      const float* a = coefficients + k * M;
+      float centre = 0, variance = 0;
+      for (int m = 0; m < M; ++m) {
+        centre += a[m] * mean[m][c];
+        for (int n = 0; n < M; ++n) variance += a[m] * a[n] * covariance[m][n][c];
+      }
+      const float scale = affine.weight[k * channels + c] / std::sqrt(std::max(variance, 0.f) + eps);
+      float* to = folded + k * (M + 1) * kGroup + c;
+      for (int m = 0; m < M; ++m) to[m * kGroup] = .25f * scale * a[m];
+      to[M * kGroup] = .25f * (affine.bias[k * channels + c] - scale * centre);
+    }
+  for (int64_t i = 0; i < plane.height / 2; ++i)
+    for (int64_t k = 0; k < points; ++k) {
+      V factor[M + 1][2];
+      for (int m = 0; m <= M; ++m)
+        for (int h = 0; h < 2; ++h) factor[m][h] = ((const V*)(folded + (k * (M + 1) + m) * kGroup))[h];
+      float* to = pooled + k * pooled_step + i * half_width * channels;
+      for (int64_t j = 0; j < half_width; ++j, to += channels) {
+        V sum[2] = {};
+        for (int64_t p : {2 * i * plane.width + 2 * j, 2 * i * plane.width + 2 * j + 1,
+                          (2 * i + 1) * plane.width + 2 * j, (2 * i + 1) * plane.width + 2 * j + 1})
+          for (int h = 0; h < 2; ++h) {
+            V a = factor[M][h];
+            for (int m = 0; m < M; ++m) a += factor[m][h] * ((const V*)(scratch + (m * size + p) * kGroup))[h];
+            sum[h] += a < 0.f ? V{} : a;  // keeps NaN, as torch does
+          }
+        ((V*)to)[0] = sum[0], ((V*)to)[1] = sum[1];
+      }
+    }
+}
+
 // kernel [C, I, h, w] as [groups of 16 channels, taps, 16], the last group filled up with zeros
 Tensor grouped(const Tensor& kernel) {
   const int64_t channels = kernel.size(0), taps = kernel.numel() / channels, groups = (channels + kGroup - 1) / kGroup;
@@ -198,10 +254,44 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool_backward(const Tensor& gr
   return {flat.reshape(kernel_.sizes()).contiguous(), dweight.sum(0), dbias.sum(0)};
 }
 
+Tensor conv_norm_relu_pool_points(const Tensor& x_, const Tensor& kernels_, const Tensor& coefficients_,
+                                  const Tensor& weight_, const Tensor& bias_, int64_t padding, double eps) {
+  const auto [height, width] =
+      check_conv_norm_relu_pool_points(x_, kernels_, coefficients_, weight_, bias_, padding);
+  const Tensor x = x_.contiguous(), coefficients = coefficients_.contiguous(), weight = weight_.contiguous(),
+               bias = bias_.contiguous();
+  std::vector<Tensor> kernels;
+  for (const Tensor& kernel : kernels_.unbind()) kernels.push_back(grouped(kernel));
+  const int64_t images = x.size(0), points = weight.size(0), channels = weight.size(1), M = kernels.size(),
+                taps = kernels[0].size(1), image_size = x.numel() / std::max<int64_t>(images, 1);
+  const Plane plane{height, width};
+  const int64_t pooled_size = height / 2 * (width / 2) * channels;
+  Tensor pooled = at::empty({points, images, height / 2, width / 2, channels}, x.options());
+  const float *in = x.const_data_ptr<float>(), *a = coefficients.const_data_ptr<float>();
+  const Affine<float> affine{weight.const_data_ptr<float>(), bias.const_data_ptr<float>()};
+  float* out = pooled.mutable_data_ptr<float>();
+  const auto forward = M == 2 ? forward_points<2> : forward_points<3>;
+  at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+    Padded<float> image(x.size(1), x.size(2), x.size(3), kernels_.size(3), kernels_.size(4), padding);
+    std::vector<float> scratch(M * height * width * kGroup), folded(points * (M + 1) * kGroup);
+    for (int64_t i = begin; i < end; ++i) {
+      image.load(in + i * image_size);
+      for (int64_t c = 0; c < channels; c += kGroup) {
+        const float* group[3];
+        for (int64_t m = 0; m < M; ++m) group[m] = kernels[m].const_data_ptr<float>() + c * taps;
+        forward(image, group, plane, channels, a, points, {affine.weight + c, affine.bias + c}, float(eps),
+                scratch.data(), folded.data(), out + i * pooled_size + c, images * pooled_size);
+      }
+    }
+  });
+  return pooled.movedim(4, 2);
+}
+
 }  // namespace
 }  // namespace lottery
 
 TORCH_LIBRARY_IMPL(lottery, CPU, m) {
   m.impl("conv_norm_relu_pool", &lottery::conv_norm_relu_pool);
   m.impl("conv_norm_relu_pool_backward", &lottery::conv_norm_relu_pool_backward);
+  m.impl("conv_norm_relu_pool_points", &lottery::conv_norm_relu_pool_points);
 }
