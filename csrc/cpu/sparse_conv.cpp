@@ -28,6 +28,7 @@ constexpr int64_t kMaxLanes = 16;
 constexpr int64_t kFirstLevelBytes = 24 << 10;    // of the cache, for a tile of the source
 constexpr int64_t kSecondLevelBytes = 256 << 10;  // of the cache, for the planes between convolution and norm
 constexpr int64_t kGradChannels = 32;             // gradient channels that a tile of the weight gradient keeps close
+constexpr int64_t kGradParts = 8;                 // at least, of a weight gradient, for as many threads
 constexpr int64_t kCheapWeights = 32;             // per output: below this, recomputing beats storing
 
 const Kernels& kernels() {
@@ -186,7 +187,7 @@ struct SparseConv : torch::CustomClassHolder {
               }
   }
 
-  // Per chunk of output channels: weights of one input channel and tap by fours, then the rest by fours.
+  // Per chunk of output and of input channels: weights of one input channel and tap by fours, then the rest by fours.
   void list_quads(const bool* mask) {
     const int64_t O = out.channels, C = in.channels, KH = weight_sizes[2], KW = weight_sizes[3];
     const int64_t start = (in.halo - padding) * (in.row() + lanes());
@@ -198,10 +199,12 @@ struct SparseConv : torch::CustomClassHolder {
       quad_grad.push_back(static_cast<int32_t>(e.grad));
       quad_index.push_back(e.index);
     };
-    for (int64_t chunk = 0; chunk < O; chunk += kGradChannels) {
+    const int64_t sources = ceil_div(C, ceil_div(kGradParts, ceil_div(O, kGradChannels)));
+    for (int64_t part = 0; part < ceil_div(O, kGradChannels) * ceil_div(C, sources); part++) {
+      const int64_t chunk = part / ceil_div(C, sources) * kGradChannels, first = part % ceil_div(C, sources) * sources;
       Quads q{nullptr, nullptr, static_cast<int64_t>(quad_index.size()), 0, 0};
       std::vector<Entry> rest, group;
-      for (int64_t c = 0; c < C; c++)
+      for (int64_t c = first; c < std::min(C, first + sources); c++)
         for (int64_t k = 0; k < KH * KW; k++) {
           group.clear();
           for (int64_t o = chunk; o < std::min(O, chunk + kGradChannels); o++)

@@ -114,37 +114,38 @@ static void weight_grad_tile(const float* src, int64_t src_row, const float* gra
   }
 }
 
-// Cuts height x width into tiles of 1 x 8 and, in the last columns, up to 2 x 4; calls tile(rows, columns, y, x) with
-// compile-time sizes.
+// Cuts height x width into tiles of `positions` (8 or 16) vectors, as wide as fit, and smaller ones in the last rows and
+// columns; calls tile(rows, columns, y, x) with compile-time sizes.
 template <int N>
 struct Size {
   static constexpr int value = N;
 };
 
-template <typename Tile>
+template <int positions, typename Tile>
 static inline void for_each_tile(int64_t height, int64_t width, Tile tile) {
-  int64_t wide = width / 8 * 8;
-  for (int64_t y = 0; y < height; y++)
-    for (int64_t x = 0; x < wide; x += 8) tile(Size<1>(), Size<8>(), y, x);
-  for (int64_t x = wide; x < width; x += 4)
-    for (int64_t y = 0; y < height; y += 2) {
-      auto rows = [&](auto columns) {
-        if (y + 1 < height) tile(Size<2>(), columns, y, x);
-        else tile(Size<1>(), columns, y, x);
-      };
-      switch (width - x) {
-        case 1: rows(Size<1>()); break;
-        case 2: rows(Size<2>()); break;
-        case 3: rows(Size<3>()); break;
-        default: rows(Size<4>());
-      }
+  int64_t x = 0;
+  auto column = [&](auto rows, auto columns) {
+    int64_t y = 0;
+    for (; y + rows.value <= height; y += rows.value) tile(rows, columns, y, x);
+    for (; y < height; y++) tile(Size<1>(), columns, y, x);
+  };
+  for (; x + positions <= width; x += positions) column(Size<1>(), Size<positions>());
+  for (; x + 8 <= width; x += 8) column(Size<positions / 8>(), Size<8>());
+  for (; x < width; x += 4) {
+    constexpr Size<positions / 4> rows;
+    switch (width - x) {
+      case 1: column(rows, Size<1>()); break;
+      case 2: column(rows, Size<2>()); break;
+      case 3: column(rows, Size<3>()); break;
+      default: column(rows, Size<4>());
     }
+  }
 }
 
 template <int S>
 static void gather_stride(const Grid<const float>& src, const Grid<float>& dst, int64_t height, int64_t width,
                           const Walk& walk, const float* bias, int64_t first, int64_t last) {
-  for_each_tile(height, width, [&](auto ty, auto tx, int64_t y, int64_t x) {
+  for_each_tile<8>(height, width, [&](auto ty, auto tx, int64_t y, int64_t x) {
     for (int64_t block = 0; block < walk.blocks; block++)
       gather_tile<decltype(ty)::value, decltype(tx)::value, S>(
           src.data + y * S * src.row + x * S * LANES, src.row, dst.data + y * dst.row + x * dst.step, dst,
@@ -160,7 +161,7 @@ static void gather(Grid<const float> src, int64_t stride, Grid<float> dst, int64
 template <int S>
 static void weight_grad_stride(const Grid<const float>& src, const Grid<const float>& grad, int64_t height,
                                int64_t width, const Quads* quads, int64_t count, float* sum) {
-  for_each_tile(height, width, [&](auto ty, auto tx, int64_t y, int64_t x) {
+  for_each_tile<16>(height, width, [&](auto ty, auto tx, int64_t y, int64_t x) {
     for (int64_t i = 0; i < count; i++)
       weight_grad_tile<decltype(ty)::value, decltype(tx)::value, S>(
           src.data + y * S * src.row + x * S * LANES, src.row, grad.data + y * grad.row + x * LANES, grad.row, quads[i],
