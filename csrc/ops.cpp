@@ -1,6 +1,10 @@
 // The schemas of all ops of the namespace `lottery`; ops.py documents each beside its PyTorch reference.
 // cpu/*.cpp and cuda/*.cu register the implementations, so a back end is added by adding files.
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
+
+// `import lottery_csrc` after `import torch` is one more way to load the ops.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "Registers the ops of torch.ops.lottery."; }
 
 TORCH_LIBRARY_FRAGMENT(lottery, m) {
   m.def(

@@ -510,6 +510,13 @@ def test_the_environment_forces_the_choice_and_it_is_said_once():
     assert load_in_a_new_process(LOTTERY_OPS="maybe") == ("LOTTERY_OPS=maybe: compiled or fallback", [])
 
 
+@pytest.mark.skipif(not ops.prebuilt(), reason="needs setup.py's extension")
+def test_importing_the_extension_registers_the_ops():
+    program = "import torch, lottery_csrc; print(torch.ops.lottery.combine_)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "lottery.combine_", done.stderr
+
+
 @pytest.fixture
 def bare_checkout(tmp_path):
     """The project without an extension, and a cache of its own."""

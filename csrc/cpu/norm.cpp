@@ -14,22 +14,28 @@ namespace {
 constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
 
 template <class T, class A>
-CLONES void forward(const T* x, T* pooled, int64_t channels, Plane plane, int n, Affine<A> affine, A eps, A* mean,
+INLINE void forward(const T* x, T* pooled, int64_t channels, Plane plane, int n, Affine<A> affine, A eps, A* mean,
                     A* rstd) {
-  const auto run = [&](int n) INLINE_LAMBDA {
-    statistics(x, channels, plane, n, eps, mean, rstd);
-    normalise_and_pool(x, channels, plane, n, mean, rstd, affine, pooled, channels);
-  };
-  n == kGroup ? run(kGroup) : run(n);
+  statistics(x, channels, plane, n, eps, mean, rstd);
+  normalise_and_pool(x, channels, plane, n, mean, rstd, affine, pooled, channels);
 }
 
 template <class T, class A>
-CLONES void backward(const T* grad, const T* x, T* dx, int64_t channels, Plane plane, int n, Affine<A> affine,
+INLINE void backward(const T* grad, const T* x, T* dx, int64_t channels, Plane plane, int n, Affine<A> affine,
                      const A* mean, const A* rstd, A* dweight, A* dbias) {
-  const auto run = [&](int n) INLINE_LAMBDA {
-    pool_and_norm_backward(grad, channels, x, dx, channels, plane, n, mean, rstd, affine, dweight, dbias);
-  };
-  n == kGroup ? run(kGroup) : run(n);
+  pool_and_norm_backward(grad, channels, x, dx, channels, plane, n, mean, rstd, affine, dweight, dbias);
+}
+
+// Of a whole group. The last one, where it is not whole, is not worth the time to compile the clones.
+template <class T, class A>
+CLONES void forward(const T* x, T* pooled, int64_t channels, Plane plane, Affine<A> affine, A eps, A* mean, A* rstd) {
+  forward(x, pooled, channels, plane, kGroup, affine, eps, mean, rstd);
+}
+
+template <class T, class A>
+CLONES void backward(const T* grad, const T* x, T* dx, int64_t channels, Plane plane, Affine<A> affine, const A* mean,
+                     const A* rstd, A* dweight, A* dbias) {
+  backward(grad, x, dx, channels, plane, kGroup, affine, mean, rstd, dweight, dbias);
 }
 
 // Calls f(image, first channel, number of channels) for every group of channels of every image.
@@ -60,8 +66,10 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(const Tensor& x_, const Tensor
     const A *w = weight.const_data_ptr<A>(), *b = bias.const_data_ptr<A>();
     A *m = mean.mutable_data_ptr<A>(), *r = rstd.mutable_data_ptr<A>();
     for_each_group(images, channels, [&](int64_t i, int64_t c, int n) {
-      forward<scalar_t, A>(in + i * size * channels + c, out + i * pooled_size * channels + c, channels, plane, n,
-                           {w + c, b + c}, A(eps), m + i * channels + c, r + i * channels + c);
+      const int64_t from = i * size * channels + c, to = i * pooled_size * channels + c, row = i * channels + c;
+      const Affine<A> affine{w + c, b + c};
+      n == kGroup ? forward(in + from, out + to, channels, plane, affine, A(eps), m + row, r + row)
+                  : forward(in + from, out + to, channels, plane, n, affine, A(eps), m + row, r + row);
     });
   });
   return {pooled, mean, rstd};
@@ -86,9 +94,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool_backward(const Tensor& grad_, 
     const A *m = mean.const_data_ptr<A>(), *r = rstd.const_data_ptr<A>();
     A *dw = dweight.mutable_data_ptr<A>(), *db = dbias.mutable_data_ptr<A>();
     for_each_group(images, channels, [&](int64_t i, int64_t c, int n) {
-      const int64_t at = i * size * channels + c, row = i * channels + c;
-      backward<scalar_t, A>(g + i * pooled_size * channels + c, in + at, out + at, channels, plane, n, {w + c, b + c},
-                            m + row, r + row, dw + row, db + row);
+      const int64_t at = i * size * channels + c, from = i * pooled_size * channels + c, row = i * channels + c;
+      const Affine<A> affine{w + c, b + c};
+      n == kGroup
+          ? backward(g + from, in + at, out + at, channels, plane, affine, m + row, r + row, dw + row, db + row)
+          : backward(g + from, in + at, out + at, channels, plane, n, affine, m + row, r + row, dw + row, db + row);
     });
   });
   return {dx, dweight.sum(0), dbias.sum(0)};

@@ -3,8 +3,12 @@
 // A SparseConv is built once per mask and image size: it lists the surviving weights in the orders in which the three
 // passes meet them. See sparse.h for the layout [B, C, H, W, L]; activations carry a halo of zeros around H x W, so
 // that no kernel ever tests for a border. Results do not depend on the number of threads: every sum has one owner.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -524,11 +528,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
   float* dw = dweight.data_ptr<float>();
   for (size_t k = 0; k < weight_sums.size(); k++)
     if (c.quad_index[k] >= 0) dw[c.quad_index[k]] = weight_sums[k];
-  Tensor dbeta = own_sums[0].sum({0, 2}), dgamma = (own_sums[1] * rstd).sum({0, 2}), dbias;
+  Tensor dbeta = own_sums[0].sum({0, 2}), dgamma = own_sums[1].mul(rstd).sum({0, 2}), dbias;
   if (bias) {  // a norm over data takes the mean, and the bias with it, away
     dbias = norm != kAffine ? at::zeros({O}, x.options())
             : plain         ? dy.narrow(2, halo, H).narrow(3, halo, W).sum({0, 2, 3, 4})
-            : gamma         ? dbeta * *gamma
+            : gamma         ? dbeta.mul(*gamma)
                             : dbeta;
   }
   return {dx, dweight, dbias, dgamma, dbeta, g};
