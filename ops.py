@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from sparse import SparseNetwork, supports, worthwhile
+from sparse import SparseNetwork, first_sparse_part, parts, supports
 
 NAME = "lottery_csrc"
 CSRC = Path(__file__).resolve().parent / "csrc"
@@ -350,47 +350,59 @@ class Fused(nn.Module):
         return twin
 
     def forward(self, x):
-        for twin, module in self.copies:
-            twin.training = module.training
         if not torch.is_grad_enabled():
             self.ready()  # once for all chunks
-        if not self.plain or x.device.type != "cpu":
-            return self.network(x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        if self.model[0].training or torch.is_grad_enabled():
-            return self.network(x)
-        return torch.cat([self.network(chunk) for chunk in x.split(CHUNK)])
+        if not self.plain or x.device.type != "cpu" or self.model[0].training or torch.is_grad_enabled():
+            return self.run(x)
+        return torch.cat([self.run(chunk) for chunk in x.split(CHUNK)])
+
+    def run(self, x):
+        """The network, made ready if no gradient is wanted."""
+        for twin, module in self.copies:
+            twin.training = module.training
+        if self.plain and x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.network(x)
 
     def ready(self):
         """Work that depends on the parameters alone, before evaluation."""
         for layer in self.readied:
             layer.ready()
 
-    def after_first(self, x):
-        """What an nn.Sequential, made ready, makes of its first layer's result."""
-        for layer in list(self.network.children())[1:]:
+    def after(self, count, x):
+        """What an nn.Sequential, made ready, makes of the result of its first `count` layers."""
+        for layer in list(self.network.children())[count:]:
             x = layer(x)
         return x
 
 
 def path(model, mask=None, sparse="auto"):
     """ "sparse" or "dense": which way fused() takes a model with this mask, for the progress line."""
-    wanted = mask and sparse != "off" and supports(model) and (sparse == "on" or worthwhile(model, mask))
-    return "sparse" if wanted else "dense"
+    return "dense" if dense_parts(model, mask, sparse) is None else "sparse"
+
+
+def dense_parts(model, mask, sparse):
+    """How many parts a sparse network begins with that are dense; None when it is all dense."""
+    if not mask or sparse == "off" or not supports(model):
+        return None
+    count = 0 if sparse == "on" else first_sparse_part(model, mask)
+    return count if count < len(parts(model)) else None
 
 
 def fused(model, mask=None, sparse="auto", plans=None):
     """A cheap view of `model`, equal to it within rounding. The model itself never changes.
 
-    With a `mask` it meets the surviving weights only (sparse.py): `sparse` "auto" where that pays, "on" or "off".
-    Views with one mask may share a dict of `plans`.
+    With a `mask` it meets the surviving weights only (sparse.py): `sparse` "auto" from the first layer on where that
+    pays, "on" everywhere, "off" nowhere. The pruned weights are 0. Views with one mask may share a dict of `plans`.
 
     In every nn.Sequential the run [instance norm, ReLU, AvgPool2d(2)] becomes one op, together with a convolution
     before it, whose bias the norm cancels and which therefore gets no gradient. In eval mode without gradients
     BatchNorm is folded into the convolution before it, in nn.Sequential and in common's ResNets.
     """
-    if path(model, mask, sparse) == "sparse":
-        return SparseNetwork(model, mask, plans)
+    count = dense_parts(model, mask, sparse)
+    if count is not None:
+        dense = [Fused(nn.Sequential(*map(model.get_submodule, names))) for names in parts(model)[:count]]
+        return SparseNetwork(model, mask, dense, plans)
     parameter = next(model.parameters(), None)
     return Fused(model) if parameter is not None and runs_on(parameter.device.type) else model
 
@@ -622,7 +634,7 @@ def sum_of_scores(networks, split, first=None):
     for start in range(0, len(split), batch_size):
         images, labels = split.batch(slice(start, start + batch_size))
         if first:
-            logits = [network.after_first(x) for network, x in zip(networks, first(images))]
+            logits = [network.after(1, x) for network, x in zip(networks, first(images))]
         else:
             logits = [network(images) for network in networks]
         sums += torch.ops.lottery.cross_entropy_top1(torch.stack(logits), labels)

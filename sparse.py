@@ -36,10 +36,25 @@ class Blocked(NamedTuple):
         return self.data.narrow(2, self.halo, h).narrow(3, self.halo, w)
 
 
+class ChangeLayout(torch.autograd.Function):
+    """[N, C, H, W], channels last, C a multiple of 16 -> the data of a Blocked."""
+
+    @staticmethod
+    def forward(ctx, x, halo):
+        ctx.halo, ctx.images = halo, len(x)
+        return torch.ops.lottery.sparse_blocked(x, halo)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.lottery.sparse_unblocked(grad.contiguous(), ctx.halo, ctx.images), None
+
+
 def blocked(x, halo):
     """[N, C, H, W] -> Blocked; the lanes after the last image are 0. A Blocked is left as it is."""
     if isinstance(x, Blocked):
         return x
+    if x.shape[1] % 16 == 0:
+        return Blocked(ChangeLayout.apply(x.contiguous(memory_format=torch.channels_last), halo), halo, len(x))
     lanes, n = torch.ops.lottery.sparse_lanes(), len(x)
     x = F.pad(x, (halo,) * 4 + (0, 0, 0, -n % lanes))
     return Blocked(x.unflatten(0, (-1, lanes)).permute(0, 2, 3, 4, 1).contiguous(), halo, n)
@@ -92,15 +107,35 @@ def sparse_conv(conv, x, weight, bias=None, gamma=None, beta=None, residual=None
     return Blocked(y, halo, x.images), mean, variance
 
 
-def worthwhile(model, mask):
-    """Whether the view is faster than the dense path of ops.py: measured crossovers (tests/bench_sparse.py) in the mean
-    density of the 3x3 convolutions after the first. ConvNet3's is lower, its dense path fuses the norms too.
+def parts(model):
+    """The names of the modules that make up each part of a network that is sparse or dense as a whole: a block, or the
+    layers before the first; without the classifier."""
+    if isinstance(model, common.ConvNet3):
+        return [[f"{layer}{i}" for layer in ("conv", "norm", "relu", "pool")] for i in (1, 2, 3)]
+    first = [name for name in ("conv1", "norm1", "relu1", "pool1") if hasattr(model, name)]
+    return [first] + [[name] for name, module in model.named_children() if isinstance(module, common.BasicBlock)]
 
-    One answer for the whole network: a change of layout between two layers costs more than a dense layer gains.
+
+def first_sparse_part(model, mask):
+    """Where to change from the dense path of ops.py to this one; len(parts(model)) where that does not pay.
+
+    A convolution is faster here below a density measured with tests/bench_sparse.py; ConvNet3's is lower, as its dense
+    path fuses the norms too. The parts from the one returned on have most multiplications to save together.
     """
-    densities = [mask[f"{name}.weight"].float().mean() for name, m in model.named_modules()
-                 if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    return bool(torch.stack(densities)[1:].mean() < (.17 if isinstance(model, common.ConvNet3) else .26))
+    crossover = .17 if isinstance(model, common.ConvNet3) else .26
+    area, savings = 1., []  # of an activation, in images; multiplications saved by each part
+    for part in parts(model):
+        savings.append(0.)
+        for name, module in model.named_modules():
+            if name.partition(".")[0] not in part:
+                continue
+            if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
+                area /= 4
+            if isinstance(module, nn.Conv2d):
+                area /= module.stride[0] ** 2 if "shortcut" not in name else 1
+                density = float(mask[f"{name}.weight"].float().mean())
+                savings[-1] += area * module.weight.numel() * (crossover - density)
+    return max(range(len(savings) + 1), key=lambda start: sum(savings[start:]))
 
 
 #############################################
@@ -173,7 +208,12 @@ def residual_block(stage, name, has_shortcut):
     """A common.BasicBlock as three stages."""
     first, second = (stage(f"{name}.conv{i}", f"{name}.norm{i}") for i in (1, 2))
     shortcut = stage(f"{name}.shortcut.conv", f"{name}.shortcut.norm", relu=False) if has_shortcut else lambda x: x
-    return lambda x: second(first(x), residual=shortcut(x))
+
+    def block(x):
+        x = blocked(x, HALO)
+        return second(first(x), residual=shortcut(x))
+
+    return block
 
 
 def max_pool(x):
@@ -199,42 +239,43 @@ class SparseNetwork:
     """A view of `model` that computes images [N, C, H, W] -> logits [N, classes], sharing its parameters and buffers.
 
     `mask` says which weights survive; the others are taken as 0, whatever they are, and get gradient 0. Without
-    gradients the images are taken in chunks that suit the cache. `plans`: a dict that views with one mask share.
+    gradients the images are taken in chunks that suit the cache. `dense`: views (ops.Fused) of the parts that the
+    network begins with, whose pruned weights are 0 and may get gradients. `plans`: a dict that views with one mask share.
     """
 
-    def __init__(self, model, mask, plans=None):
+    def __init__(self, model, mask, dense=(), plans=None):
         plans = {} if plans is None else plans
 
         def stage(conv, norm, **options):
             return Stage(model.get_submodule(conv), model.get_submodule(norm), mask[f"{conv}.weight"],
                          plans.setdefault(conv, {}), **options)
 
-        if isinstance(model, common.ConvNet3):
-            self.stages = [stage(f"conv{i}", f"norm{i}", pool=2, halo=0 if i == 3 else HALO) for i in (1, 2, 3)]
-        else:
-            self.stages = [stage("conv1", "norm1")] + [max_pool] * hasattr(model, "pool1")
-            blocks = {name: module for name, module in model.named_children() if isinstance(module, common.BasicBlock)}
-            self.stages += [residual_block(stage, name, len(block.shortcut) > 0) for name, block in blocks.items()]
-            self.stages.append(global_average_pool)
-        self.stages.append(Classifier(model.linear, mask["linear.weight"], plans.setdefault("linear", {})))
-        self.model = model
+        self.parts = [view.run for view in dense]
+        for names in parts(model)[len(dense):]:
+            if isinstance(model, common.ConvNet3):
+                self.parts.append(stage(*names[:2], pool=2, halo=0 if names[0] == "conv3" else HALO))
+            elif names[0] == "conv1":
+                self.parts += [stage("conv1", "norm1")] + [max_pool] * ("pool1" in names)
+            else:
+                self.parts.append(residual_block(stage, *names, len(model.get_submodule(names[0]).shortcut) > 0))
+        if isinstance(model, common.ResNet):
+            self.parts.append(global_average_pool)
+        self.parts.append(Classifier(model.linear, mask["linear.weight"], plans.setdefault("linear", {})))
+        self.model, self.dense = model, dense
 
     def __call__(self, images):
         if self.model.training or torch.is_grad_enabled():
-            return self.forward(images)
-        return torch.cat([self.forward(chunk) for chunk in images.split(CHUNK)])
-
-    def forward(self, x):
-        for stage in self.stages:
-            x = stage(x)
-        return x
+            return self.after(0, images)
+        self.ready()
+        return torch.cat([self.after(0, chunk) for chunk in images.split(CHUNK)])
 
     def ready(self):
-        """Nothing: the lists of surviving weights are made when first used."""
+        """Work that depends on the parameters alone, before evaluation."""
+        for view in self.dense:
+            view.ready()
 
-    def after_first(self, x):
-        """What the network makes of its first stage's result [N, C, H, W], channels last, without gradients."""
-        x = Blocked(torch.ops.lottery.sparse_blocked(x, HALO), HALO, len(x))
-        for stage in self.stages[1:]:
-            x = stage(x)
+    def after(self, count, x):
+        """What the network, made ready, makes of the result of its first `count` parts."""
+        for part in self.parts[count:]:
+            x = part(x)
         return x

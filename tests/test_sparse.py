@@ -2,6 +2,7 @@
 
 Also with LOTTERY_SPARSE_ISA=portable, avx2 or avx512, which forces one set of kernels (the last test does so).
 """
+import copy
 import os
 import subprocess
 import sys
@@ -86,9 +87,13 @@ def test_layout_round_trip():
 
 
 @pytest.mark.parametrize("images", [3, 16, 21])
-def test_layout_from_channels_last(images):
-    x = torch.randn(images, 48, 5, 4).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(torch.ops.lottery.sparse_blocked(x, 1), sparse.blocked(x, 1).data)
+def test_layout_of_many_channels_and_its_gradient(images):
+    x = torch.randn(images, 48, 5, 4, requires_grad=True)
+    y = sparse.blocked(x, 1)
+    assert torch.equal(sparse.unblocked(y), x)
+    assert torch.equal(y.data, torch.cat([sparse.blocked(x[:, c:c + 1], 1).data for c in range(48)], 1))
+    weight = torch.randn(x.shape)
+    assert torch.equal(torch.autograd.grad((sparse.unblocked(y) * weight).sum(), x)[0], weight)
 
 
 def test_wrong_shapes_are_named():
@@ -111,10 +116,10 @@ NETWORKS = [("convnet3", "instance", 32, 11), ("convnet3", "batch", 28, 3), ("co
             ("resnet10", "batch", 32, 11), ("resnet10", "instance", 32, 1), ("resnet10", "batch", 96, 3)]
 
 
-def ticket(model, norm, size, density=.3):
+def ticket(model, norm, size, density=.3, width=8):
     """A small network with random affine parameters, masked at random, and the mask."""
     torch.manual_seed(0)
-    network = common.build_network(dict(model=model, norm=norm, width=8, channels=3, image_size=size, num_classes=10))
+    network = common.build_network(dict(model=model, norm=norm, width=width, channels=3, image_size=size, num_classes=10))
     for p in network.parameters():
         p.data += .2 * torch.randn(p.shape) * (p.dim() == 1)
     mask = {name: torch.rand(weight.shape) < density for name, weight in common.prunable(network).items()}
@@ -137,6 +142,36 @@ def test_network_gradients_and_statistics_are_the_dense_ones(model, norm, size, 
         close(gradient, expected * mask[name] if name in mask else expected, 1e-4)
     for buffer, expected in zip(network.buffers(), dense.buffers()):
         close(buffer, expected, 1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("model, norm, dense", [("convnet3", "instance", 1), ("convnet3", "batch", 2),
+                                                ("resnet10", "batch", 1), ("resnet10", "batch", 3)])
+def test_networks_that_begin_dense(monkeypatch, model, norm, dense, training):
+    network, mask = ticket(model, norm, 32, width=16)
+    monkeypatch.setattr(ops, "first_sparse_part", lambda *_: dense)
+    torch.manual_seed(1)  # draws no ReLU's argument within rounding of 0, where gradients jump
+    images, labels = torch.randn(11, 3, 32, 32), torch.randint(0, 10, (11,))
+    exact, results = copy.deepcopy(network).double().train(training), []
+    view = ops.fused(network.train(training), mask)
+    assert len(view.dense) == dense and len(view.parts) > dense
+    for owner, function, data in (network, view, images), (exact, exact, images.double()):
+        logits = function(data)
+        weights = {name: owner.get_parameter(name) for name in mask}
+        grads = torch.autograd.grad(F.cross_entropy(logits, labels), weights.values())
+        results.append([logits, *(grad * mask[name] for name, grad in zip(weights, grads))])
+    for one, other in zip(*results):
+        close(one, other, 1e-4)
+    with torch.no_grad():
+        close(ops.fused(network.eval(), mask)(images), exact.eval()(images.double()), 1e-5)
+
+
+def test_the_dense_part_ends_where_sparse_layers_pay():
+    network = common.build_network(dict(model="resnet10", width=8, channels=3, image_size=32, num_classes=10))
+    for densities, start in ([.9, .9, .9, .9, .9], 5), ([.1, .1, .1, .1, .1], 0), ([.9, .5, .1, .05, .01], 2):
+        mask = {name: torch.rand(weight.shape) < densities[0 if name.startswith("conv1") else int(name[5])]
+                for name, weight in common.prunable(network).items() if name != "linear.weight"}
+        assert sparse.first_sparse_part(network, mask) == start
 
 
 @pytest.mark.parametrize("model, norm", [("convnet3", "instance"), ("resnet10", "batch")])

@@ -58,6 +58,9 @@ struct Kernels {
   // dst[c, y, x] = the lanes' images[lane][y, x, c], channels innermost; their number is a multiple of the lanes.
   void (*interleave)(const float* const* images, int64_t channels, Grid<float> dst, int64_t height, int64_t width);
 
+  // The way back: images[lane][y, x, c] = src[c, y, x].
+  void (*separate)(Grid<const float> src, float* const* images, int64_t channels, int64_t height, int64_t width);
+
   // sum[k] += dot products over all positions and lanes of source k (walked with `stride`) and gradient k, for `count`
   // groups of quads.
   void (*weight_grad)(Grid<const float> src, int64_t stride, Grid<const float> grad, int64_t height, int64_t width,

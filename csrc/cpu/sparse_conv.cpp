@@ -266,29 +266,46 @@ struct SparseConv : torch::CustomClassHolder {
   }
 };
 
-// Channels-last activations [N, C, H, W] in the layout [B, C, H + 2 halo, W + 2 halo, L]; C a multiple of 16.
-Tensor blocked(const Tensor& x, int64_t halo) {
+// Channels-last activations x [N, C, H, W] in the layout y [B, C, H + 2 halo, W + 2 halo, L], C a multiple of 16; with
+// `back` the other way. The lanes after the last image are 0.
+void change_layout(const Tensor& x, const Tensor& y, int64_t halo, bool back) {
   TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
                   x.size(1) % kMaxLanes == 0,
-              "x should be channels-last float32 [N, C, H, W], C a multiple of 16, got ", x.scalar_type(), " ",
-              x.sizes());
+              "activations should be channels-last float32 [N, C, H, W], C a multiple of 16, got ", x.scalar_type(),
+              " ", x.sizes());
   const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), L = lanes(), B = ceil_div(N, L);
   const Layout layout{C, H, W, halo};
-  Tensor y = at::empty(layout.sizes(B), x.options());
-  const std::vector<float> nothing(C * H * W);
-  const float* xp = x.const_data_ptr<float>();
-  float* yp = y.data_ptr<float>();
+  TORCH_CHECK(y.sizes() == layout.sizes(B) && y.scalar_type() == at::kFloat && y.is_contiguous(),
+              "blocks should be contiguous float32 ", layout.sizes(B), ", got ", y.scalar_type(), " ", y.sizes());
+  std::vector<float> nothing(C * H * W);
+  float *images = x.data_ptr<float>(), *blocks = y.data_ptr<float>();
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) {
-      float* to = yp + b * C * layout.plane();
-      for (int64_t c = 0; c < C; c++) layout.zero_halo(to + c * layout.plane());
-      const float* images[kMaxLanes];
-      for (int64_t l = 0; l < L; l++) images[l] = b * L + l < N ? xp + (b * L + l) * C * H * W : nothing.data();
-      to += layout.inside();
-      kernels().interleave(images, C, {to, layout.plane(), layout.row(), L}, H, W);
+      float *lane[kMaxLanes], *block = blocks + b * C * layout.plane();
+      for (int64_t l = 0; l < L; l++) lane[l] = b * L + l < N ? images + (b * L + l) * C * H * W : nothing.data();
+      const Grid<float> grid{block + layout.inside(), layout.plane(), layout.row(), L};
+      if (back) {
+        kernels().separate({grid.data, grid.plane, grid.row, grid.step}, lane, C, H, W);
+        continue;
+      }
+      for (int64_t c = 0; c < C; c++) layout.zero_halo(block + c * layout.plane());
+      kernels().interleave(lane, C, grid, H, W);
     }
   });
+}
+
+Tensor blocked(const Tensor& x, int64_t halo) {
+  Tensor y = at::empty({ceil_div(x.size(0), lanes()), x.size(1), x.size(2) + 2 * halo, x.size(3) + 2 * halo, lanes()},
+                       x.options());
+  change_layout(x, y, halo, false);
   return y;
+}
+
+Tensor unblocked(const Tensor& y, int64_t halo, int64_t images) {
+  Tensor x = at::empty({images, y.size(1), y.size(2) - 2 * halo, y.size(3) - 2 * halo}, y.options(),
+                       at::MemoryFormat::ChannelsLast);
+  change_layout(x, y, halo, true);
+  return x;
 }
 
 // Calls work(block, first, last, thread) for every block and part of `channels`, thread < at::get_num_threads().
@@ -548,6 +565,7 @@ TORCH_LIBRARY_FRAGMENT(lottery, m) {
       .def("positions", [](const c10::intrusive_ptr<SparseConv>& conv) { return conv->out.height * conv->out.width; });
   m.def("sparse_lanes", &lanes);
   m.def("sparse_blocked", &blocked);
+  m.def("sparse_unblocked", &unblocked);
   m.def("sparse_conv_forward", &conv_forward);
   m.def("sparse_conv_backward", &conv_backward);
 }

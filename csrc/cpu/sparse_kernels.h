@@ -51,16 +51,31 @@ static inline void transpose(vec* rows) {
   if constexpr (S > 1) transpose<S / 2>(rows);
 }
 
-static void interleave(const float* const* images, int64_t channels, Grid<float> dst, int64_t height, int64_t width) {
+template <typename Visit>
+static inline void for_each_square(int64_t channels, int64_t height, int64_t width, Visit visit) {
   for (int64_t c = 0; c < channels; c += LANES)
     for (int64_t y = 0; y < height; y++)
-      for (int64_t x = 0; x < width; x++) {
-        vec square[LANES];
-        UNROLL for (int l = 0; l < LANES; l++) square[l] = load(images[l] + (y * width + x) * channels + c);
-        transpose<LANES / 2>(square);
-        float* to = dst.data + c * dst.plane + y * dst.row + x * dst.step;
-        UNROLL for (int l = 0; l < LANES; l++) store(to + l * dst.plane, square[l]);
-      }
+      for (int64_t x = 0; x < width; x++) visit(c, y, x, (y * width + x) * channels + c);
+}
+
+static void interleave(const float* const* images, int64_t channels, Grid<float> dst, int64_t height, int64_t width) {
+  for_each_square(channels, height, width, [&](int64_t c, int64_t y, int64_t x, int64_t at) {
+    vec square[LANES];
+    UNROLL for (int l = 0; l < LANES; l++) square[l] = load(images[l] + at);
+    transpose<LANES / 2>(square);
+    float* to = dst.data + c * dst.plane + y * dst.row + x * dst.step;
+    UNROLL for (int l = 0; l < LANES; l++) store(to + l * dst.plane, square[l]);
+  });
+}
+
+static void separate(Grid<const float> src, float* const* images, int64_t channels, int64_t height, int64_t width) {
+  for_each_square(channels, height, width, [&](int64_t c, int64_t y, int64_t x, int64_t at) {
+    vec square[LANES];
+    const float* from = src.data + c * src.plane + y * src.row + x * src.step;
+    UNROLL for (int l = 0; l < LANES; l++) square[l] = load(from + l * src.plane);
+    transpose<LANES / 2>(square);
+    UNROLL for (int l = 0; l < LANES; l++) store(images[l] + at, square[l]);
+  });
 }
 
 // ---- weight gradient: four dot products at a time, their lanes added up together ----
@@ -263,4 +278,4 @@ static void backward(const float* z, Pointwise p, const float* mean, const float
       write(i, j, load(z + (i * p.width + j) * LANES), load(g.data + i * g.row + j * LANES));
 }
 
-static constexpr Kernels kernels = {LANES, gather, interleave, weight_grad, moments, forward, backward_sums, backward};
+static constexpr Kernels kernels = {LANES, gather, interleave, separate, weight_grad, moments, forward, backward_sums, backward};
