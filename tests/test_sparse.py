@@ -148,10 +148,10 @@ def test_network_gradients_and_statistics_are_the_dense_ones(model, norm, size, 
 @pytest.mark.parametrize("model, norm, dense", [("convnet3", "instance", 1), ("convnet3", "batch", 2),
                                                 ("resnet10", "batch", 1), ("resnet10", "batch", 3)])
 def test_networks_that_begin_dense(monkeypatch, model, norm, dense, training):
-    network, mask = ticket(model, norm, 32, width=16)
+    network, mask = ticket(model, norm, 16, width=16)
     monkeypatch.setattr(ops, "first_sparse_part", lambda *_: dense)
     torch.manual_seed(1)  # draws no ReLU's argument within rounding of 0, where gradients jump
-    images, labels = torch.randn(11, 3, 32, 32), torch.randint(0, 10, (11,))
+    images, labels = torch.randn(5, 3, 16, 16), torch.randint(0, 10, (5,))
     exact, results = copy.deepcopy(network).double().train(training), []
     view = ops.fused(network.train(training), mask)
     assert len(view.dense) == dense and len(view.parts) > dense
