@@ -122,7 +122,7 @@ def first_sparse_part(model, mask):
     A convolution is faster here below a density measured with tests/bench_sparse.py; ConvNet3's is lower, as its dense
     path fuses the norms too. The parts from the one returned on have most multiplications to save together.
     """
-    crossover = .17 if isinstance(model, common.ConvNet3) else .26
+    crossover = .17 if isinstance(model, common.ConvNet3) else .35
     area, savings = 1., []  # of an activation, in images; multiplications saved by each part
     for part in parts(model):
         savings.append(0.)
