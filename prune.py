@@ -144,7 +144,7 @@ def evaluate_ticket(model, ticket, config, train_split, test_split):
     recipe = common.recipe_of(config, config["eval_epochs"])
     train_with_bar(f"evaluate r{ticket['round']}", model, train_split, recipe,
                    random_stream(config["seed"], "evaluate", ticket["round"]), ticket["masks"])
-    score = common.evaluate(model, test_split)
+    score = common.evaluate(model, test_split, sparse=recipe.skipping)
     return {"test_loss": score.loss, "test_accuracy": score.accuracy}
 
 
