@@ -404,11 +404,12 @@ def main():
     flag("--metric", choices=("mse", "l1"), help="between gradients (idc)")
     flag("--cross-entropy", type=within(0), help="weight of the loss on synthetic images (idm)")
     flag("--real-images", type=positive, help="real images of a class matched in an iteration (64)")
-    flag("--synthetic-images", type=positive, help="decoded images of a class matched in an iteration, at most (128)")
+    flag("--synthetic-images", type=positive,
+         help="decoded images of a class matched in an iteration, at most (dm, idm: 64; idc: 128)")
     flag("--network-images", type=at_least(0), help="real images the network is trained on after every iteration")
     flag("--pretrain", type=at_least(0), help="epochs of training on real data before the first iteration")
     flag("--model", help="network: convnet3, resnet10, resnet18, or resnet10ap with IDC's average pooling")
-    flag("--width", type=positive, help="its channels in the first layer (idc: full; dm, idm: 64)")
+    flag("--width", type=positive, help="its channels in the first layer (idc: full; dm, idm: 32)")
     flag("--norm", choices=("instance", "batch", "none"), help="its normalisation (instance)")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--evaluate", type=Path, metavar="PATH", help="only measure this set: any format prune.py --distilled reads")

@@ -240,7 +240,8 @@ class SparseNetwork:
 
     `mask` says which weights survive; the others are taken as 0, whatever they are, and get gradient 0. Without
     gradients the images are taken in chunks that suit the cache. `dense`: views (ops.Fused) of the parts that the
-    network begins with, whose pruned weights are 0 and may get gradients. `plans`: a dict that views with one mask share.
+    network begins with, whose pruned weights should be 0 and may get gradients. `plans`: a dict that views with one
+    mask share.
     """
 
     def __init__(self, model, mask, dense=(), plans=None):
