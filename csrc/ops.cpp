@@ -1,10 +1,14 @@
 // The schemas of all ops of the namespace `lottery`; ops.py documents each beside its PyTorch reference.
 // cpu/*.cpp and cuda/*.cu register the implementations, so a back end is added by adding files.
-#include <pybind11/pybind11.h>
+#include <Python.h>
 #include <torch/library.h>
 
-// `import lottery_csrc` after `import torch` is one more way to load the ops.
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "Registers the ops of torch.ops.lottery."; }
+// `import lottery_csrc` after `import torch` is one more way to load the ops. (pybind11 would double this file's
+// compilation.)
+PyMODINIT_FUNC PyInit_lottery_csrc() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "lottery_csrc", "Registers the ops of torch.ops.lottery.", -1};
+  return PyModule_Create(&module);
+}
 
 TORCH_LIBRARY_FRAGMENT(lottery, m) {
   m.def(
