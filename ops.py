@@ -584,15 +584,15 @@ def evaluate_points(model, states, coefficients, splits, mask=None, progress=Non
     keep = torch.ones_like(flat[0], dtype=torch.bool) if mask else None
     for name, kept in (mask or {}).items():
         views(keep)[name].copy_(kept)
-    first = first_layer_of_points(model, [views(row) for row in (flat if keep is None else flat * keep)])
+    first = first_layer_of_points(model, [views(row) for row in flat], mask)
     size = min(SHARING_GROUP if first else GROUP, len(coefficients))
     points, plans = flat.new_empty(size, flat.shape[1]), {}
-    networks = [fused(bound(model, views(point)), mask, sparse, plans) for point in points]
+    views_of_points = [views(point) for point in points]
+    networks = [fused(bound(model, point), mask, sparse, plans) for point in views_of_points]
     scores = []
     for group in torch.tensor(coefficients, dtype=torch.float32, device=flat.device).split(size):
         torch.ops.lottery.combine_(points[:len(group)], flat, group, keep)
-        states_of_group = [views(point) for point in points[:len(group)]]
-        shared = first and functools.partial(first, group, states_of_group)
+        shared = first and functools.partial(first, group, views_of_points[:len(group)])
         sums = [sum_of_scores(networks[:len(group)], split, shared).tolist() for split in splits]
         scores += [[common.score(*point, len(split)) for point, split in zip(row, splits)] for row in zip(*sums)]
         for _ in group if progress else ():
@@ -601,9 +601,9 @@ def evaluate_points(model, states, coefficients, splits, mask=None, progress=Non
     return scores
 
 
-def first_layer_of_points(model, states):
+def first_layer_of_points(model, states, mask=None):
     """A function (coefficients [K, M], K states between the M `states`, images) -> the results [K, N, C, H, W] of the
-    first layer of `model` at the K points; None when the op does not take that layer."""
+    first layer of `model` at the K points, masked; None when the op does not take that layer."""
     network = fused(model).network
     layer = next(network.children(), None)
     if not (isinstance(network, nn.Sequential) and isinstance(layer, ConvBlock) and layer.few_channels
@@ -612,6 +612,8 @@ def first_layer_of_points(model, states):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     kernel, weight, bias = (names[id(p)] for p in (layer.conv.weight, layer.norm.weight, layer.norm.bias))
     kernels = torch.stack([state[kernel] for state in states])
+    if mask:
+        kernels *= mask[kernel]
 
     def first(coefficients, points, images):
         affine = (torch.stack([point[name] for point in points]) for name in (weight, bias))

@@ -75,9 +75,9 @@ def check_mask(path, data):
     config = data["config"]
     if wrong := wrong_setting(config):
         raise UserError(f"{path}: {wrong} {config.get(wrong)!r} in its config is not one of prune.py")
-    own = ":" not in config["model"]
+    own = ":" in config["model"]
     try:
-        with torch.device("meta" if own else "cpu"):  # shapes, without the memory that a hostile file may ask for
+        with torch.device("cpu" if own else "meta"):  # shapes, without the memory that a hostile file may ask for
             network = common.build_network(config)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: its config describes no network ({str(error)[:80]})") from error

@@ -119,7 +119,8 @@ NETWORKS = [("convnet3", "instance", 32, 11), ("convnet3", "batch", 28, 3), ("co
 def ticket(model, norm, size, density=.3, width=8):
     """A small network with random affine parameters, masked at random, and the mask."""
     torch.manual_seed(0)
-    network = common.build_network(dict(model=model, norm=norm, width=width, channels=3, image_size=size, num_classes=10))
+    shape = dict(channels=3, image_size=size, num_classes=10)
+    network = common.build_network(dict(model=model, norm=norm, width=width) | shape)
     for p in network.parameters():
         p.data += .2 * torch.randn(p.shape) * (p.dim() == 1)
     mask = {name: torch.rand(weight.shape) < density for name, weight in common.prunable(network).items()}
