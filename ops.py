@@ -91,7 +91,7 @@ def outdated(library):
 
 
 def sources(cuda):
-    files = [CSRC / "ops.cpp", *(CSRC / "cpu").glob("*.cpp"), *((CSRC / "cuda").glob("*.cu") if cuda else ())]
+    files = [CSRC / "bindings.cpp", *(CSRC / "cpu").glob("*.cpp"), *((CSRC / "cuda").glob("*.cu") if cuda else ())]
     return [os.path.relpath(file, CSRC.parent) for file in sorted(files)]
 
 

@@ -1,9 +1,7 @@
 // The checks that the CPU and the CUDA launchers share. Each refuses with the offending value.
 #pragma once
 #include <ATen/Dispatch.h>
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include <array>
@@ -22,7 +20,6 @@
 namespace lottery {
 
 using at::Tensor;
-using Masks = c10::List<std::optional<Tensor>>;
 
 // The type a sum over elements of type `t` is taken in: double for double, else float.
 inline at::ScalarType accumulation_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
@@ -46,7 +43,7 @@ struct SgdTensor {
 };
 
 inline std::vector<SgdTensor> check_masked_sgd(at::TensorList params, at::TensorList grads, at::TensorList momenta,
-                                               const Masks& masks) {
+                                               at::ArrayRef<std::optional<Tensor>> masks) {
   const size_t count = params.size();
   TORCH_CHECK(grads.size() == count && momenta.size() == count && masks.size() == count,
               "masked_sgd_: lists of equal length wanted, got ", count, " params, ", grads.size(), " grads, ",
@@ -55,7 +52,7 @@ inline std::vector<SgdTensor> check_masked_sgd(at::TensorList params, at::Tensor
   tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     const Tensor &p = params[i], &g = grads[i], &m = momenta[i];
-    const std::optional<Tensor> mask = masks.get(i);
+    const std::optional<Tensor>& mask = masks[i];
     const auto type = p.scalar_type();
     TORCH_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
                 "masked_sgd_: params are float32, float16 or bfloat16, param ", i, " is ", type);
@@ -79,7 +76,8 @@ inline std::vector<SgdTensor> check_masked_sgd(at::TensorList params, at::Tensor
     SgdTensor t;
     t.param = p.is_non_overlapping_and_dense() ? p : p.contiguous();
     const auto in_order = [&](const Tensor& other) {
-      return other.strides() == t.param.strides() ? other : at::empty_like(t.param, other.options()).copy_(other);
+      if (other.strides() == t.param.strides()) return other;
+      return other.new_empty_strided(t.param.sizes(), t.param.strides()).copy_(other);
     };
     t.grad = in_order(g);
     t.momentum = in_order(m);

@@ -541,7 +541,7 @@ def test_copied_alone_it_falls_back(bare_checkout):
 
 def test_a_failing_compiler_means_the_fallback(bare_checkout):
     (bare_checkout / "csrc" / "cpu").mkdir(parents=True)
-    (bare_checkout / "csrc" / "ops.cpp").write_text("this is no C++;")
+    (bare_checkout / "csrc" / "bindings.cpp").write_text("this is no C++;")
     value, lines = fallback_reason(bare_checkout)
     assert value == "False" and len(lines) == 2 and "error:" in lines[1] and lines[1].startswith("csrc: not compiled")
     value, lines = fallback_reason(bare_checkout, CXX="no-such-compiler")

@@ -1,10 +1,10 @@
 // combine_: points[k] = sum_m coefficients[k, m] * states[m], zero where keep is false.
 // Each slice of the states is read from memory once and serves all K points from cache.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include "../checks.h"
 #include "clones.h"
+#include "ops.h"
 
 namespace lottery {
 namespace {
@@ -19,6 +19,8 @@ CLONES void combine_slice(float* point, const float* states, int64_t stride, con
   if (keep)
     for (int64_t i = 0; i < n; ++i) point[i] = keep[i] ? point[i] : 0.f;
 }
+
+}  // namespace
 
 void combine_(Tensor points, const Tensor& states_, const Tensor& coefficients_, const std::optional<Tensor>& keep_) {
   check_combine(points, states_, coefficients_, keep_);
@@ -36,7 +38,4 @@ void combine_(Tensor points, const Tensor& states_, const Tensor& coefficients_,
   });
 }
 
-}  // namespace
 }  // namespace lottery
-
-TORCH_LIBRARY_IMPL(lottery, CPU, m) { m.impl("combine_", &lottery::combine_); }

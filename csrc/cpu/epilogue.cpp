@@ -1,10 +1,10 @@
 // bias_relu_: relu(x + bias[channel] + shortcut) in place, in one pass: what follows a convolution with folded
 // BatchNorm.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include "../checks.h"
 #include "clones.h"
+#include "ops.h"
 
 namespace lottery {
 namespace {
@@ -18,6 +18,8 @@ CLONES void run(T* x, const T* bias, const T* shortcut, int64_t n) {
     x[i] = T(z < A(0) ? A(0) : z);
   }
 }
+
+}  // namespace
 
 void bias_relu_(Tensor x, const Tensor& bias_, const std::optional<Tensor>& shortcut_) {
   check_bias_relu(x, bias_, shortcut_);
@@ -42,7 +44,4 @@ void bias_relu_(Tensor x, const Tensor& bias_, const std::optional<Tensor>& shor
   });
 }
 
-}  // namespace
 }  // namespace lottery
-
-TORCH_LIBRARY_IMPL(lottery, CPU, m) { m.impl("bias_relu_", &lottery::bias_relu_); }

@@ -1,12 +1,11 @@
 // cross_entropy_top1: for each of K networks, the sums over images of loss and squared loss, and the correct count.
 #include <ATen/Parallel.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <cmath>
 
 #include "../checks.h"
 #include "../kernels/scalar.cuh"
+#include "ops.h"
 
 namespace lottery {
 namespace {
@@ -25,6 +24,8 @@ void add_image(const T* logits, int64_t classes, int64_t label, double* sums) {
   sums[2] += top == label;
 }
 
+}  // namespace
+
 Tensor cross_entropy_top1(const Tensor& logits_, const Tensor& labels_) {
   check_cross_entropy_top1(logits_, labels_);
   const Tensor logits = logits_.contiguous(), labels = labels_.contiguous();
@@ -33,7 +34,7 @@ Tensor cross_entropy_top1(const Tensor& logits_, const Tensor& labels_) {
   for (int64_t b = 0; b < images; ++b)
     TORCH_CHECK(label[b] >= 0 && label[b] < classes, "cross_entropy_top1: label ", label[b], " at ", b, " with ",
                 classes, " classes");
-  Tensor sums = at::zeros({logits.size(0), 3}, logits.options().dtype(at::kDouble));
+  Tensor sums = logits.new_zeros({logits.size(0), 3}, at::kDouble);
   double* out = sums.mutable_data_ptr<double>();
   DISPATCH_FLOAT_OR_LOWER(logits.scalar_type(), "cross_entropy_top1", [&] {
     const scalar_t* x = logits.const_data_ptr<scalar_t>();
@@ -45,7 +46,4 @@ Tensor cross_entropy_top1(const Tensor& logits_, const Tensor& labels_) {
   return sums;
 }
 
-}  // namespace
 }  // namespace lottery
-
-TORCH_LIBRARY_IMPL(lottery, CPU, m) { m.impl("cross_entropy_top1", &lottery::cross_entropy_top1); }

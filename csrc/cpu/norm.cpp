@@ -1,17 +1,14 @@
 // norm_relu_pool: instance norm, ReLU and 2x2 average pooling in one pass over channels-last activations, and its
 // gradient. Each image's group of channels is read from memory once; the later looks at it come from cache.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include "../checks.h"
 #include "norm_group.h"
+#include "ops.h"
 
 namespace lottery {
 namespace {
 
-constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
 
 template <class T, class A>
 INLINE void forward(const T* x, T* pooled, int64_t channels, Plane plane, int n, Affine<A> affine, A eps, A* mean,
@@ -50,6 +47,8 @@ void for_each_group(int64_t images, int64_t channels, const F& f) {
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
                                                   double eps) {
   check_norm_relu_pool(x_, weight_, bias_);
@@ -57,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(const Tensor& x_, const Tensor
   const int64_t images = x.size(0), channels = x.size(1);
   const Plane plane{x.size(2), x.size(3)};
   const int64_t size = plane.height * plane.width, pooled_size = plane.height / 2 * (plane.width / 2);
-  Tensor pooled = at::empty({images, channels, plane.height / 2, plane.width / 2}, x.options(), kChannelsLast);
-  Tensor mean = at::empty({images, channels}, weight.options()), rstd = at::empty_like(mean);
+  Tensor pooled = empty_channels_last(x, {images, channels, plane.height / 2, plane.width / 2});
+  Tensor mean = weight.new_empty({images, channels}), rstd = mean.new_empty(mean.sizes());
   DISPATCH_FLOATING(x.scalar_type(), "norm_relu_pool", [&] {
     using A = Accumulator<scalar_t>;
     const scalar_t* in = x.const_data_ptr<scalar_t>();
@@ -84,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool_backward(const Tensor& grad_, 
   const int64_t images = x.size(0), channels = x.size(1);
   const Plane plane{x.size(2), x.size(3)};
   const int64_t size = plane.height * plane.width, pooled_size = plane.height / 2 * (plane.width / 2);
-  Tensor dx = at::empty_like(x), dweight = at::empty_like(mean),
-         dbias = at::empty_like(mean);  // [N, C]: an image's share
+  Tensor dx = empty_channels_last(x, x.sizes());
+  Tensor dweight = mean.new_empty(mean.sizes()), dbias = mean.new_empty(mean.sizes());  // [N, C]: an image's share
   DISPATCH_FLOATING(x.scalar_type(), "norm_relu_pool_backward", [&] {
     using A = Accumulator<scalar_t>;
     const scalar_t *g = grad.const_data_ptr<scalar_t>(), *in = x.const_data_ptr<scalar_t>();
@@ -104,10 +103,4 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool_backward(const Tensor& grad_, 
   return {dx, dweight.sum(0), dbias.sum(0)};
 }
 
-}  // namespace
 }  // namespace lottery
-
-TORCH_LIBRARY_IMPL(lottery, CPU, m) {
-  m.impl("norm_relu_pool", &lottery::norm_relu_pool);
-  m.impl("norm_relu_pool_backward", &lottery::norm_relu_pool_backward);
-}

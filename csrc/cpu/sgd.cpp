@@ -1,11 +1,11 @@
 // masked_sgd_: weight decay, momentum and mask of all parameters in one pass over memory.
 // Bytes moved per float32 weight: param and momentum read and written, grad and mask read: 21 (20 without a mask).
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include "../checks.h"
 #include "../kernels/scalar.cuh"
 #include "clones.h"
+#include "ops.h"
 
 namespace lottery {
 namespace {
@@ -29,8 +29,11 @@ CLONES void update(T* __restrict p, const T* __restrict g, float* __restrict m, 
     pass([](int64_t) INLINE_LAMBDA { return true; });
 }
 
-void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momenta, const Masks& masks, double lr,
-                 double momentum, double dampening, double weight_decay, bool nesterov) {
+}  // namespace
+
+void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momenta,
+                 at::ArrayRef<OptionalTensor> masks, double lr, double momentum, double dampening, double weight_decay,
+                 bool nesterov) {
   const auto tensors = check_masked_sgd(params, grads, momenta, masks);
   const SgdStep step{float(lr), float(momentum), float(dampening), float(weight_decay), nesterov};
   std::vector<int64_t> first_chunk{0};
@@ -51,7 +54,4 @@ void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList mom
   copy_back(tensors);
 }
 
-}  // namespace
 }  // namespace lottery
-
-TORCH_LIBRARY_IMPL(lottery, CPU, m) { m.impl("masked_sgd_", &lottery::masked_sgd_); }

@@ -1,22 +1,18 @@
-// conv_norm_relu_pool and, at many points of weight space, conv_norm_relu_pool_points: a stride-1 convolution of few input channels (an image's), instance norm, ReLU and 2x2 average
-// pooling. The convolution's output, the largest activation of a network, never leaves the cache: a thread computes one
-// image's group of 16 channels, normalises and pools it; the backward pass computes it again instead of storing it.
+// conv_norm_relu_pool and, at many points of weight space, conv_norm_relu_pool_points: a stride-1 convolution of few
+// input channels (an image's), instance norm, ReLU and 2x2 average pooling. The convolution's output, the largest
+// activation of a network, never leaves the cache: a thread computes one image's group of 16 channels, normalises and
+// pools it; the backward pass computes it again instead of storing it.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
 
 #include <cstring>
 
 #include "../checks.h"
 #include "norm_group.h"
+#include "ops.h"
 
 namespace lottery {
 namespace {
 
-constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
 constexpr int kRun = 4;   // neighbouring positions whose sums are held in registers
 constexpr int kTaps = 6;  // taps whose weight gradients are held in registers
 
@@ -180,10 +176,12 @@ CLONES void forward_points(const Padded<float>& image, const float* const* kerne
 // kernel [C, I, h, w] as [groups of 16 channels, taps, 16], the last group filled up with zeros
 Tensor grouped(const Tensor& kernel) {
   const int64_t channels = kernel.size(0), taps = kernel.numel() / channels, groups = (channels + kGroup - 1) / kGroup;
-  Tensor padded = at::zeros({groups * kGroup, taps}, kernel.options());
+  Tensor padded = kernel.new_zeros({groups * kGroup, taps});
   padded.slice(0, 0, channels).copy_(kernel.reshape({channels, taps}));
   return padded.view({groups, kGroup, taps}).transpose(1, 2).contiguous();
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool(const Tensor& x_, const Tensor& kernel_, const Tensor& weight_,
                                                        const Tensor& bias_, int64_t padding, double eps) {
@@ -192,8 +190,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool(const Tensor& x_, const T
   const int64_t images = x.size(0), channels = weight.size(0), taps = kernel.size(1),
                 image_size = x.numel() / std::max<int64_t>(images, 1);
   const Plane plane{height, width};
-  Tensor pooled = at::empty({images, channels, height / 2, width / 2}, x.options(), kChannelsLast);
-  Tensor mean = at::empty({images, channels}, x.options()), rstd = at::empty_like(mean);
+  Tensor pooled = empty_channels_last(x, {images, channels, height / 2, width / 2});
+  Tensor mean = x.new_empty({images, channels}), rstd = mean.new_empty(mean.sizes());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_norm_relu_pool", [&] {
     using A = scalar_t;
     const A *in = x.const_data_ptr<A>(), *k = kernel.const_data_ptr<A>();
@@ -227,8 +225,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool_backward(const Tensor& gr
   const int64_t parts =
       std::max<int64_t>(1, std::min<int64_t>(images, at::get_num_threads()));  // each sums its own images
   const Plane plane{height, width};
-  Tensor dkernel = at::zeros({parts, kernel.size(0), taps, kGroup}, x.options());
-  Tensor dweight = at::zeros({parts, channels}, x.options()), dbias = at::zeros_like(dweight);
+  Tensor dkernel = x.new_zeros({parts, kernel.size(0), taps, kGroup});
+  Tensor dweight = x.new_zeros({parts, channels}), dbias = dweight.new_zeros(dweight.sizes());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_norm_relu_pool_backward", [&] {
     using A = scalar_t;
     const A *in = x.const_data_ptr<A>(), *k = kernel.const_data_ptr<A>(), *g = grad.const_data_ptr<A>();
@@ -266,7 +264,7 @@ Tensor conv_norm_relu_pool_points(const Tensor& x_, const Tensor& kernels_, cons
                 taps = kernels[0].size(1), image_size = x.numel() / std::max<int64_t>(images, 1);
   const Plane plane{height, width};
   const int64_t pooled_size = height / 2 * (width / 2) * channels;
-  Tensor pooled = at::empty({points, images, height / 2, width / 2, channels}, x.options());
+  Tensor pooled = x.new_empty({points, images, height / 2, width / 2, channels});
   const float *in = x.const_data_ptr<float>(), *a = coefficients.const_data_ptr<float>();
   const Affine<float> affine{weight.const_data_ptr<float>(), bias.const_data_ptr<float>()};
   float* out = pooled.mutable_data_ptr<float>();
@@ -287,11 +285,4 @@ Tensor conv_norm_relu_pool_points(const Tensor& x_, const Tensor& kernels_, cons
   return pooled.movedim(4, 2);
 }
 
-}  // namespace
 }  // namespace lottery
-
-TORCH_LIBRARY_IMPL(lottery, CPU, m) {
-  m.impl("conv_norm_relu_pool", &lottery::conv_norm_relu_pool);
-  m.impl("conv_norm_relu_pool_backward", &lottery::conv_norm_relu_pool_backward);
-  m.impl("conv_norm_relu_pool_points", &lottery::conv_norm_relu_pool_points);
-}

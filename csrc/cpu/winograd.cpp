@@ -3,18 +3,14 @@
 // and the kernel g become V = B' d B and U = G g G'; then, at each of the 36 points, M = V U over channels, a matrix
 // product, and the outputs are A' M A. The kernel's gradient is the adjoint: dU = V' (A dy A'), dg = G' dU G.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include "../checks.h"
 #include "norm_group.h"
+#include "ops.h"
 
 namespace lottery {
 namespace {
 
-constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
 constexpr int kPoints = 36;
 constexpr int kTiles = 18;      // whose V stays in a core's second-level cache, forward
 constexpr int kGradTiles = 48;  // that share a pass over dU, backward
@@ -189,9 +185,8 @@ struct Scratch {  // a thread's
   Tensor v, m, zeros, trash, planes;
 
   Scratch(const Tensor& x, int64_t outputs, int64_t positions = 0)
-      : v(at::empty({kPoints * spread(kTiles * x.size(1))}, x.options())),
-        m(at::empty({kPoints * kTiles * kGroup}, x.options())), zeros(at::zeros({x.size(1)}, x.options())),
-        trash(at::empty({outputs}, x.options())), planes(at::empty({positions * kGroup}, x.options())) {}
+      : v(x.new_empty({kPoints * spread(kTiles * x.size(1))})), m(x.new_empty({kPoints * kTiles * kGroup})),
+        zeros(x.new_zeros({x.size(1)})), trash(x.new_empty({outputs})), planes(x.new_empty({positions * kGroup})) {}
 };
 
 // The convolution at `count` tiles from `first` on, 16 output channels at a time: those from c on at position k of tile
@@ -287,11 +282,10 @@ CLONES void kernel_gradient(const float* du, int64_t parts, int64_t inputs, int6
         });
 }
 
-// ---- ops ----
 // u [out / 16, point, spread(in x 16)]; `transposed` for the convolution's gradient for its input
 Tensor transform(const Tensor& kernel, bool transposed) {
   const int64_t inputs = kernel.size(transposed ? 0 : 1), outputs = kernel.size(transposed ? 1 : 0);
-  Tensor u = at::empty({outputs / kGroup, kPoints, spread(inputs * kGroup)}, kernel.options());
+  Tensor u = kernel.new_empty({outputs / kGroup, kPoints, spread(inputs * kGroup)});
   float* to = u.mutable_data_ptr<float>();
   at::parallel_for(0, outputs / kGroup, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -314,7 +308,7 @@ void for_each_block(int64_t count, int64_t most, const F& start) {
 
 Tensor convolve(const Tensor& x_, const Tensor& u) {
   const Tensor x = x_.contiguous(kChannelsLast);
-  Tensor y = at::empty({x.size(0), u.size(0) * kGroup, x.size(2), x.size(3)}, x.options(), kChannelsLast);
+  Tensor y = empty_channels_last(x, {x.size(0), u.size(0) * kGroup, x.size(2), x.size(3)});
   const Tiles tiles(x), results(y);
   const float *in = x.const_data_ptr<float>(), *kernel = u.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
@@ -332,14 +326,13 @@ Tensor kernel_gradient(const Tensor& grad, const Tensor& x_, const Tensor& kerne
   const Tiles tiles(x), results(grad);
   const int64_t blocks = (tiles.count + kGradTiles - 1) / kGradTiles;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(blocks, at::get_num_threads()));
-  Tensor du = at::zeros({parts, kPoints, inputs, outputs}, x.options()),
-         dkernel = at::empty(kernel.sizes(), kernel.options());
-  const Tensor zeros = at::zeros({std::max(inputs, outputs)}, x.options());
+  Tensor du = x.new_zeros({parts, kPoints, inputs, outputs}), dkernel = kernel.new_empty(kernel.sizes());
+  const Tensor zeros = x.new_zeros({std::max(inputs, outputs)});
   const float *in = x.const_data_ptr<float>(), *g = grad.const_data_ptr<float>();
   float *sums = du.mutable_data_ptr<float>(), *out = dkernel.mutable_data_ptr<float>();
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    Tensor v = at::empty({kPoints * spread(kGradTiles * inputs)}, x.options());
-    Tensor dm = at::empty({kPoints * spread(kGradTiles * outputs)}, x.options());
+    Tensor v = x.new_empty({kPoints * spread(kGradTiles * inputs)});
+    Tensor dm = x.new_empty({kPoints * spread(kGradTiles * outputs)});
     for (int64_t part = begin; part < end; ++part)
       for (int64_t i = part * blocks / parts * kGradTiles;
            i < std::min((part + 1) * blocks / parts * kGradTiles, tiles.count); i += kGradTiles)
@@ -352,6 +345,8 @@ Tensor kernel_gradient(const Tensor& grad, const Tensor& x_, const Tensor& kerne
   });
   return dkernel;
 }
+
+}  // namespace
 
 Tensor conv3x3_kernel(const Tensor& kernel) {
   check_conv3x3_kernel(kernel);
@@ -371,7 +366,7 @@ Tensor conv3x3_norm_relu_pool(const Tensor& x_, const Tensor& kernel, const Tens
   const Tiles tiles(x);
   const int64_t outputs = weight.size(0), most = kTiles / (tiles.down * tiles.across);
   TORCH_CHECK(most > 0, "conv3x3_norm_relu_pool: at most ", kTiles, " tiles of 4 x 4 wanted, got ", x.sizes());
-  Tensor pooled = at::empty({x.size(0), outputs, x.size(2) / 2, x.size(3) / 2}, x.options(), kChannelsLast);
+  Tensor pooled = empty_channels_last(x, {x.size(0), outputs, x.size(2) / 2, x.size(3) / 2});
   const float *in = x.const_data_ptr<float>(), *k = u.const_data_ptr<float>();
   const Affine<float> affine{weight.const_data_ptr<float>(), bias.const_data_ptr<float>()};
   float* out = pooled.mutable_data_ptr<float>();
@@ -390,12 +385,4 @@ std::tuple<Tensor, Tensor> conv3x3_backward(const Tensor& grad_, const Tensor& x
   return {convolve(grad, transform(kernel, true)), kernel_gradient(grad, x, kernel)};
 }
 
-}  // namespace
 }  // namespace lottery
-
-TORCH_LIBRARY_IMPL(lottery, CPU, m) {
-  m.impl("conv3x3_kernel", &lottery::conv3x3_kernel);
-  m.impl("conv3x3", &lottery::conv3x3);
-  m.impl("conv3x3_backward", &lottery::conv3x3_backward);
-  m.impl("conv3x3_norm_relu_pool", &lottery::conv3x3_norm_relu_pool);
-}

@@ -31,9 +31,10 @@ void launch(const std::vector<SgdTensor>& tensors, at::ScalarType type, const Sg
   flush();
 }
 
-void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momenta, const Masks& masks, double lr,
-                 double momentum, double dampening, double weight_decay, bool nesterov) {
-  const auto tensors = check_masked_sgd(params, grads, momenta, masks);
+void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momenta,
+                 const c10::List<std::optional<Tensor>>& masks, double lr, double momentum, double dampening,
+                 double weight_decay, bool nesterov) {
+  const auto tensors = check_masked_sgd(params, grads, momenta, masks.vec());
   if (tensors.empty()) return;
   const c10::cuda::CUDAGuard guard(params[0].device());
   const SgdStep step{float(lr), float(momentum), float(dampening), float(weight_decay), nesterov};
