@@ -334,22 +334,36 @@ struct Affine {
   }
 };
 
+template <typename Work>
+void for_each_channel(int64_t channels, Work work) {
+  at::parallel_for(0, channels, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; o++) work(o);
+  });
+}
+
+// Calls visit(i) with the place in a [B, O, L] tensor of channel o of each of the first `images` images.
+template <typename Visit>
+void for_each_image(int64_t images, int64_t O, int64_t o, Visit visit) {
+  const int64_t L = lanes();
+  for (int64_t b = 0; b * L < images; b++)
+    for (int64_t l = 0; l < std::min(L, images - b * L); l++) visit((b * O + o) * L + l);
+}
+
 // Batch statistics from per-lane means and squared deviations (Chan et al. 1979), written back over both: mean and
 // rstd.
 void batch_statistics(Tensor& mean, Tensor& deviation, Tensor& variance, int64_t images, int64_t positions,
                       double eps) {
   const int64_t B = mean.size(0), O = mean.size(1), L = lanes();
-  float *m = mean.data_ptr<float>(), *d = deviation.data_ptr<float>();
-  for (int64_t o = 0; o < O; o++) {
-    auto at = [&](int64_t n) { return (n / L * O + o) * L + n % L; };
+  float *m = mean.data_ptr<float>(), *d = deviation.data_ptr<float>(), *v = variance.data_ptr<float>();
+  for_each_channel(O, [&](int64_t o) {
     double centre = 0, square = 0;
-    for (int64_t n = 0; n < images; n++) centre += m[at(n)];
+    for_each_image(images, O, o, [&](int64_t i) { centre += m[i]; });
     centre /= images;
-    for (int64_t n = 0; n < images; n++) square += d[at(n)] + positions * (m[at(n)] - centre) * (m[at(n)] - centre);
-    const double v = square / (images * positions);
-    variance.data_ptr<float>()[o] = v;
-    for (int64_t n = 0; n < B * L; n++) m[at(n)] = centre, d[at(n)] = 1 / std::sqrt(v + eps);
-  }
+    for_each_image(images, O, o, [&](int64_t i) { square += d[i] + positions * (m[i] - centre) * (m[i] - centre); });
+    v[o] = square / (images * positions);
+    const float rstd = 1 / std::sqrt(square / (images * positions) + eps);
+    for_each_image(B * L, O, o, [&](int64_t i) { m[i] = centre, d[i] = rstd; });
+  });
 }
 
 // y = pool(relu(norm(conv(x) + bias) + residual)), and what the backward pass wants: z = conv(x) + bias (empty when it
@@ -422,14 +436,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_forward(
 // Sums over the images of a batch, for every image: the same value in all lanes of real images, 0 in the others.
 void batch_sums(Tensor& sums, int64_t images) {
   const int64_t B = sums.size(1), O = sums.size(2), L = lanes();
-  for (int64_t s = 0; s < 2; s++)
-    for (int64_t o = 0; o < O; o++) {
-      float* p = sums.data_ptr<float>() + s * B * O * L;
-      auto at = [&](int64_t n) { return (n / L * O + o) * L + n % L; };
+  for (int64_t s = 0; s < 2; s++) {
+    float* p = sums.data_ptr<float>() + s * B * O * L;
+    for_each_channel(O, [&](int64_t o) {
       double total = 0;
-      for (int64_t n = 0; n < images; n++) total += p[at(n)];
-      for (int64_t n = 0; n < B * L; n++) p[at(n)] = total;
-    }
+      for_each_image(images, O, o, [&](int64_t i) { total += p[i]; });
+      for_each_image(B * L, O, o, [&](int64_t i) { p[i] = total; });
+    });
+  }
 }
 
 // Gradients of x (empty unless wanted), weight, bias, gamma, beta and residual (empty without).
