@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from sparse import SparseNetwork, first_sparse_part, parts, supports
+from sparse import SparseNetwork, first_sparse_part, parts, supports, update_running_statistics
 
 NAME = "lottery_csrc"
 CSRC = Path(__file__).resolve().parent / "csrc"
@@ -229,6 +229,17 @@ def conv3x3_norm_relu_pool_reference(x, kernel, weight, bias, eps=1e-5):
     return norm_relu_pool_reference(conv3x3_reference(x, kernel), weight, bias, eps)
 
 
+def batch_norm_relu_reference(x, weight, bias, residual=None, relu=True, eps=1e-5):
+    """relu(batch_norm(x) + residual) with the statistics of the batch, x [N, C, H, W]; without the ReLU if not `relu`.
+
+    Op: batch_norm_relu(x, weight, bias, residual, relu, eps) -> (result, mean [C], biased variance [C]), of which the
+    result has a gradient (batch_norm_relu_backward). float32 on a CPU.
+    """
+    y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
+
+
 def bias_relu_reference(x, bias, shortcut=None):
     """relu(x + bias[channel] + shortcut), x and shortcut [N, C, H, W]. Op: bias_relu_(x, bias, shortcut), in place."""
     return F.relu(x + bias[:, None, None] + (0 if shortcut is None else shortcut))
@@ -287,6 +298,24 @@ def register():
         return (torch.empty_like(x, memory_format=layout(x)),
                 torch.empty_like(kernel, memory_format=torch.contiguous_format))
 
+    @torch.library.register_fake("lottery::batch_norm_relu")
+    def _(x, weight, bias, residual, relu, eps):
+        return torch.empty_like(x, memory_format=layout(x)), torch.empty_like(weight), torch.empty_like(weight)
+
+    @torch.library.register_fake("lottery::batch_norm_relu_backward")
+    def _(grad, x, y, weight, bias, mean, variance, relu, eps):
+        dx = torch.empty_like(x, memory_format=layout(x))
+        return dx, torch.empty_like(weight), torch.empty_like(weight), x.new_empty(0) if y is None else dx.clone()
+
+    def batch_norm_save(ctx, inputs, output):
+        x, weight, bias, residual, ctx.relu, ctx.eps = inputs
+        y, mean, variance = output
+        ctx.save_for_backward(x, None if residual is None else y, weight, bias, mean, variance)
+
+    def batch_norm_backward(ctx, grad, *_):
+        dx, dweight, dbias, dresidual = ops.batch_norm_relu_backward(grad, *ctx.saved_tensors, ctx.relu, ctx.eps)
+        return dx, dweight, dbias, dresidual if ctx.saved_tensors[1] is not None else None, None, None
+
     def save(ctx, inputs, output):
         *tensors, ctx.eps = inputs
         ctx.save_for_backward(*tensors, *output[1:])
@@ -309,6 +338,7 @@ def register():
     def conv3x3_backward(ctx, grad):
         return ops.conv3x3_backward(grad, *ctx.saved_tensors)
 
+    torch.library.register_autograd("lottery::batch_norm_relu", batch_norm_backward, setup_context=batch_norm_save)
     torch.library.register_autograd("lottery::conv3x3", conv3x3_backward, setup_context=conv3x3_save)
     torch.library.register_autograd("lottery::norm_relu_pool", backward, setup_context=save)
     torch.library.register_autograd("lottery::conv_norm_relu_pool", conv_backward, setup_context=conv_save)
@@ -506,8 +536,22 @@ class ConvBlock(NormBlock):
         return super().forward(convolve(conv, x, conv.weight))
 
 
+def has_batch_norm_op(norm, x):
+    """Whether batch_norm_relu takes x and this BatchNorm2d in training."""
+    return (norm.affine and norm.track_running_stats and x.device.type == "cpu" and x.numel() > x.shape[1]
+            and x.dtype == norm.weight.dtype == torch.float32)
+
+
+def batch_norm_relu(norm, x, residual, relu):
+    """relu(norm(x) + residual) of a BatchNorm2d in training, whose running statistics it updates."""
+    y, mean, variance = torch.ops.lottery.batch_norm_relu(x, norm.weight, norm.bias, residual, relu, norm.eps)
+    update_running_statistics(norm, mean, variance, x.numel() // x.shape[1])
+    return y
+
+
 class FoldedConv(nn.Module):
-    """[Conv2d, BatchNorm2d] or [Conv2d, BatchNorm2d, ReLU], folded in eval mode when no gradient is wanted."""
+    """[Conv2d, BatchNorm2d] or [Conv2d, BatchNorm2d, ReLU]: one op behind the convolution in training, folded into it in
+    eval mode when no gradient is wanted."""
 
     @staticmethod
     def takes(conv, norm, relu=None):
@@ -534,8 +578,11 @@ class FoldedConv(nn.Module):
         """relu(norm(conv(x)) + shortcut), or without a ReLU norm(conv(x))."""
         conv, norm = self.conv, self.norm
         if torch.is_grad_enabled() or not self.folds:
-            y = norm(convolve(conv, x, conv.weight, conv.bias))
-            return y if self.relu is None else self.relu(y if shortcut is None else y + shortcut)
+            y = convolve(conv, x, conv.weight, conv.bias)
+            if norm.training and has_batch_norm_op(norm, y):
+                return batch_norm_relu(norm, y, shortcut, self.relu is not None)
+            y = norm(y) if shortcut is None else norm(y) + shortcut
+            return y if self.relu is None else self.relu(y)
         if self.relu is None:
             return conv._conv_forward(x, self.weight, self.bias)
         y = torch.ops.lottery.conv3x3(x, self.weight) if self.winograd else conv._conv_forward(x, self.weight, None)

@@ -35,6 +35,12 @@ TORCH_LIBRARY_FRAGMENT(lottery, m) {
   m.def("conv3x3(Tensor x, Tensor kernel) -> Tensor");
   m.def("conv3x3_backward(Tensor grad, Tensor x, Tensor kernel) -> (Tensor, Tensor)");
   m.def("conv3x3_norm_relu_pool(Tensor x, Tensor kernel, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def(
+      "batch_norm_relu(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool relu, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor mean, "
+      "Tensor variance, bool relu, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("bias_relu_(Tensor(a!) x, Tensor bias, Tensor? shortcut) -> ()");
 }
 
@@ -55,5 +61,7 @@ TORCH_LIBRARY_IMPL(lottery, CPU, m) {
   m.impl("conv3x3", &lottery::conv3x3);
   m.impl("conv3x3_backward", &lottery::conv3x3_backward);
   m.impl("conv3x3_norm_relu_pool", &lottery::conv3x3_norm_relu_pool);
+  m.impl("batch_norm_relu", &lottery::batch_norm_relu);
+  m.impl("batch_norm_relu_backward", &lottery::batch_norm_relu_backward);
   m.impl("bias_relu_", &lottery::bias_relu_);
 }

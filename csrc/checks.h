@@ -224,6 +224,17 @@ inline void check_conv3x3_norm_relu_pool(const Tensor& x, const Tensor& kernel, 
               x.sizes());
 }
 
+// `added`: of x's shape, or none
+inline void check_batch_norm_relu(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                  const std::optional<Tensor>& added) {
+  check_norm("batch_norm_relu", x, x.dim() == 4 ? x.size(1) : 0, weight, bias);
+  TORCH_CHECK(x.scalar_type() == at::kFloat, "batch_norm_relu: float32 wanted, got ", x.scalar_type());
+  TORCH_CHECK(x.numel() > 0, "batch_norm_relu: no values to take statistics of, ", x.sizes());
+  if (added)
+    TORCH_CHECK(added->sizes() == x.sizes() && added->scalar_type() == at::kFloat,
+                "batch_norm_relu: float32 ", x.sizes(), " wanted, got ", added->scalar_type(), " ", added->sizes());
+}
+
 inline void check_bias_relu(const Tensor& x, const Tensor& bias, const std::optional<Tensor>& shortcut) {
   TORCH_CHECK(x.dim() == 4 && is_floating(x.scalar_type()), "bias_relu_: x floating [N, C, H, W] wanted, got ",
               x.scalar_type(), " ", x.sizes());

@@ -33,6 +33,12 @@ Tensor conv3x3(const Tensor& x, const Tensor& kernel);
 std::tuple<Tensor, Tensor> conv3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel);
 Tensor conv3x3_norm_relu_pool(const Tensor& x, const Tensor& kernel, const Tensor& weight, const Tensor& bias,
                               double eps);
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                                   const OptionalTensor& residual, bool relu, double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& grad, const Tensor& x,
+                                                                    const OptionalTensor& y, const Tensor& weight,
+                                                                    const Tensor& bias, const Tensor& mean,
+                                                                    const Tensor& variance, bool relu, double eps);
 void bias_relu_(Tensor x, const Tensor& bias, const OptionalTensor& shortcut);
 
 constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;

@@ -29,6 +29,8 @@ struct Walk {
   const int32_t* begin;  // [blocks * rows + 1], into weights
   const Weight* weights;
   int64_t blocks, rows;
+  int64_t sources;  // planes of the source
+  int64_t ahead;    // from a position in the source to the row below those that a gather at it reads
 };
 
 // Weight gradients are summed four at a time: first quads that share their source vector, then quads of any four.

@@ -67,7 +67,7 @@ struct Lists {
   std::vector<int32_t> begin{0};
   std::vector<Weight> weights;
   std::vector<int64_t> index;
-  int64_t blocks = 1, rows = 0;
+  int64_t blocks = 1, rows = 0, sources = 0, ahead = 0;
 
   void push(int64_t where, int64_t which) {
     weights.push_back({static_cast<int32_t>(where), 0.f});
@@ -78,7 +78,7 @@ struct Lists {
     for (size_t k = 0; k < index.size(); k++) weights[k].value = weight[index[k]];
   }
   Walk walk(int64_t part = 0) const {
-    return {begin.data() + part * blocks * rows, weights.data(), blocks, rows};
+    return {begin.data() + part * blocks * rows, weights.data(), blocks, rows, sources, ahead};
   }
 };
 
@@ -163,6 +163,7 @@ struct SparseConv : torch::CustomClassHolder {
     const int64_t step = channels_per_block(C, tile, double(n) / (O * C));
     Lists& lists = forward_lists;
     lists.blocks = ceil_div(C, step), lists.rows = O;
+    lists.sources = C, lists.ahead = start + KH * in.row();
     for (int64_t block = 0; block < C; block += step)
       for (int64_t o = 0; o < O; o++, lists.close())
         for (int64_t c = block; c < std::min(C, block + step); c++)
@@ -178,6 +179,7 @@ struct SparseConv : torch::CustomClassHolder {
     const int64_t step = channels_per_block(O, tile, double(forward_lists.index.size()) / (O * C * stride * stride));
     Lists& lists = input_lists;
     lists.blocks = ceil_div(O, step), lists.rows = C;
+    lists.sources = O, lists.ahead = (2 * out.halo + 1) * out.row();
     for (int64_t py = 0; py < stride; py++)
       for (int64_t px = 0; px < stride; px++)
         for (int64_t block = 0; block < O; block += step)
