@@ -360,6 +360,46 @@ def test_bias_relu(device, dtype, layout, shape):
         close(y, wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("shape", [(4, 5, 3, 3), (64, 32, 16, 16), (2, 7000, 1, 2)])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+def test_batch_norm_relu_and_gradient(shape, relu, added):
+    x, residual = 3 + torch.randn(shape), torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    inputs = [t.requires_grad_() for t in (x, *affine(shape[1], "cpu", torch.float32), residual)[:4 if added else 3]]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    op = torch.ops.lottery.batch_norm_relu
+    y, mean, variance = op(*inputs, *([] if added else [None]), relu, 1e-5)
+    wanted = ops.batch_norm_relu_reference(*exact, relu=relu)
+    close(y, wanted)
+    close(mean, exact[0].mean((0, 2, 3)))
+    close(variance, exact[0].var((0, 2, 3), unbiased=False))
+    grad = torch.randn_like(y)
+    for one, other in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(wanted, exact, grad.double())):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5 * float(other.abs().max()))
+
+
+def test_batch_norm_relu_does_not_depend_on_threads():
+    x, (weight, bias), threads = torch.randn(16, 32, 16, 16), affine(32, "cpu", torch.float32), torch.get_num_threads()
+    results = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        results.append(torch.ops.lottery.batch_norm_relu(x, weight, bias, x, True, 1e-5))
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+def test_batch_norm_relu_passes_opcheck_and_refuses():
+    x, (weight, bias) = torch.randn(2, 5, 4, 4), affine(5, "cpu", torch.float32)
+    leaves = [t.requires_grad_() for t in (x.clone(), weight.clone(), bias.clone())]
+    opcheck("batch_norm_relu", *leaves, x.clone().requires_grad_(), True, 1e-5)
+    opcheck("batch_norm_relu", *leaves, None, False, 1e-5)
+    for arguments, message in [((x.double(), weight.double(), bias.double(), None), "Double"),
+                               ((x, weight[:4], bias, None), r"\[4\]"), ((x[:0], weight, bias, None), r"\[0, 5, 4, 4\]"),
+                               ((x, weight, bias, x[:1]), r"\[1, 5, 4, 4\]")]:
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.lottery.batch_norm_relu(*arguments, True, 1e-5)
+
+
 #############################################
 #         Fused networks and points         #
 #############################################

@@ -107,9 +107,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& x_, const Tenso
                residual = residual_ ? residual_->contiguous(kChannelsLast) : Tensor();
   const Chunks chunks(x);
   const int64_t channels = chunks.channels;
-  Tensor y = empty_channels_last(x, x.sizes()), mean = weight.new_empty({channels}), variance = mean.new_empty({channels});
+  Tensor y = empty_channels_last(x, x.sizes());
+  Tensor mean = weight.new_empty({channels}), variance = weight.new_empty({channels});
   const float *in = x.const_data_ptr<float>(), *added = residual_ ? residual.const_data_ptr<float>() : nullptr;
-  float *out = y.mutable_data_ptr<float>(), *m = mean.mutable_data_ptr<float>(), *v = variance.mutable_data_ptr<float>();
+  float *out = y.mutable_data_ptr<float>();
+  float *m = mean.mutable_data_ptr<float>(), *v = variance.mutable_data_ptr<float>();
   std::vector<float> parts(2 * channels * chunks.count());
   chunks.each([&](int64_t i, int64_t at, int64_t rows) {
     moments(in + at, rows, channels, &parts[2 * i * channels], &parts[(2 * i + 1) * channels]);
@@ -170,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor
     slope[c] = float(p.scale[c] * centred * rstd * rstd / chunks.rows);
   }
   chunks.each([&](int64_t, int64_t at, int64_t rows) {
-    backward(g ? g + at : up + at, in + at, rows, channels, p, relu, g != nullptr, slope.data(), offset.data(), to + at);
+    backward((g ? g : up) + at, in + at, rows, channels, p, relu, g != nullptr, slope.data(), offset.data(), to + at);
   });
   return {dx, dweight, dbias, dresidual};
 }

@@ -253,12 +253,26 @@ CLONES void convolve_norm_block(const float* x, const Tiles& tiles, const float*
   });
 }
 
-CLONES void gradient_block(const float* x, const float* grad, const Tiles& tiles, const Tiles& results, int64_t first,
-                           int count, const float* zeros, float* v, float* dm, float* du) {
-  const int64_t inputs = tiles.channels, outputs = results.channels;
-  const int64_t pitch = spread(kGradTiles * inputs), dm_pitch = spread(kGradTiles * outputs);
+// The 9 taps of 8 outputs, `inputs` kernels apart, from du(point)
+template <class Read>
+INLINE void kernel_of_points(const Read& du, float* dkernel, int64_t inputs) {
+  both_ways<kernel_adjoint, 6, 3>([&](int i, int j) INLINE_LAMBDA { return du(6 * i + j); },
+                                  [&](int i, int j, Vec value) INLINE_LAMBDA {
+                                    for (int lane = 0; lane < kVec; ++lane)
+                                      dkernel[lane * inputs * 9 + 3 * i + j] = value[lane];
+                                  });
+}
+
+// v[point, tile, in] and dm[point, tile, out] of `count` tiles from `first` on
+CLONES void transform_block(const float* x, const float* grad, const Tiles& tiles, const Tiles& results, int64_t first,
+                            int count, const float* zeros, float* v, int64_t pitch, float* dm, int64_t dm_pitch) {
   transform_tiles<6>(x, tiles, first, count, zeros, v, pitch);
   transform_tiles<4>(grad, results, first, count, zeros, dm, dm_pitch);
+}
+
+// du[point, in, out] += v' dm
+CLONES void gradient_block(const float* v, int64_t pitch, int64_t inputs, const float* dm, int64_t dm_pitch,
+                           int64_t outputs, int count, float* du) {
   for (int p = 0; p < kPoints; ++p)
     for (int64_t c = 0; c < outputs; c += kGroup)
       for (int64_t in = 0; in < inputs; in += 4)
@@ -266,20 +280,31 @@ CLONES void gradient_block(const float* x, const float* grad, const Tiles& tiles
                    du + (p * inputs + in) * outputs + c, outputs);
 }
 
+// dkernel[out, in, 9] for 16 outputs from c on, from the v and dm of all tiles
+CLONES void kernel_gradient_of_all(const float* v, int64_t pitch, int64_t inputs, const float* dm, int64_t dm_pitch,
+                                   int64_t outputs, int count, int64_t c, float* dkernel) {
+  for (int64_t in = 0; in < inputs; in += 4) {
+    float du[kPoints][4 * kGroup] = {};
+    for (int p = 0; p < kPoints; ++p)
+      accumulate(v + p * pitch + in, inputs, dm + p * dm_pitch + c, outputs, count, du[p], kGroup);
+    for (int i = 0; i < 4 * kGroup; i += kVec)
+      kernel_of_points([&](int p) INLINE_LAMBDA { return load(du[p] + i); },
+                       dkernel + ((c + i % kGroup) * inputs + in + i / kGroup) * 9, inputs);
+  }
+}
+
 // dkernel[out, in, 9] from the sum of `parts` du[point, in, out], for one `in`
 CLONES void kernel_gradient(const float* du, int64_t parts, int64_t inputs, int64_t outputs, int64_t in,
                             float* dkernel) {
   for (int64_t c = 0; c < outputs; c += kVec)
-    both_ways<kernel_adjoint, 6, 3>(
-        [&](int i, int j) INLINE_LAMBDA {
+    kernel_of_points(
+        [&](int p) INLINE_LAMBDA {
           Vec sum = {};
           for (int64_t part = 0; part < parts; ++part)
-            sum += load(du + ((part * kPoints + 6 * i + j) * inputs + in) * outputs + c);
+            sum += load(du + ((part * kPoints + p) * inputs + in) * outputs + c);
           return sum;
         },
-        [&](int i, int j, Vec value) INLINE_LAMBDA {
-          for (int lane = 0; lane < kVec; ++lane) dkernel[((c + lane) * inputs + in) * 9 + 3 * i + j] = value[lane];
-        });
+        dkernel + (c * inputs + in) * 9, inputs);
 }
 
 // u [out / 16, point, spread(in x 16)]; `transposed` for the convolution's gradient for its input
@@ -326,19 +351,40 @@ Tensor kernel_gradient(const Tensor& grad, const Tensor& x_, const Tensor& kerne
   const Tiles tiles(x), results(grad);
   const int64_t blocks = (tiles.count + kGradTiles - 1) / kGradTiles;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(blocks, at::get_num_threads()));
-  Tensor du = x.new_zeros({parts, kPoints, inputs, outputs}), dkernel = kernel.new_empty(kernel.sizes());
+  Tensor dkernel = kernel.new_empty(kernel.sizes());
   const Tensor zeros = x.new_zeros({std::max(inputs, outputs)});
-  const float *in = x.const_data_ptr<float>(), *g = grad.const_data_ptr<float>();
-  float *sums = du.mutable_data_ptr<float>(), *out = dkernel.mutable_data_ptr<float>();
+  const float *in = x.const_data_ptr<float>(), *g = grad.const_data_ptr<float>(), *z = zeros.const_data_ptr<float>();
+  float* out = dkernel.mutable_data_ptr<float>();
+  const auto in_block = [&](int64_t i) { return int(std::min<int64_t>(kGradTiles, tiles.count - i * kGradTiles)); };
+
+  if (tiles.count * (inputs + outputs) < parts * inputs * outputs) {  // V and dM are less than dU
+    const int64_t pitch = spread(tiles.count * inputs), dm_pitch = spread(tiles.count * outputs);
+    Tensor v = x.new_empty({kPoints * pitch}), dm = x.new_empty({kPoints * dm_pitch});
+    float *vp = v.mutable_data_ptr<float>(), *dmp = dm.mutable_data_ptr<float>();
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        transform_block(in, g, tiles, results, i * kGradTiles, in_block(i), z, vp + i * kGradTiles * inputs, pitch,
+                        dmp + i * kGradTiles * outputs, dm_pitch);
+    });
+    at::parallel_for(0, outputs / kGroup, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        kernel_gradient_of_all(vp, pitch, inputs, dmp, dm_pitch, outputs, int(tiles.count), i * kGroup, out);
+    });
+    return dkernel;
+  }
+
+  const int64_t pitch = spread(kGradTiles * inputs), dm_pitch = spread(kGradTiles * outputs);
+  Tensor du = x.new_zeros({parts, kPoints, inputs, outputs});
+  float* sums = du.mutable_data_ptr<float>();
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    Tensor v = x.new_empty({kPoints * spread(kGradTiles * inputs)});
-    Tensor dm = x.new_empty({kPoints * spread(kGradTiles * outputs)});
+    Tensor v = x.new_empty({kPoints * pitch}), dm = x.new_empty({kPoints * dm_pitch});
+    float *vp = v.mutable_data_ptr<float>(), *dmp = dm.mutable_data_ptr<float>();
     for (int64_t part = begin; part < end; ++part)
-      for (int64_t i = part * blocks / parts * kGradTiles;
-           i < std::min((part + 1) * blocks / parts * kGradTiles, tiles.count); i += kGradTiles)
-        gradient_block(in, g, tiles, results, i, int(std::min<int64_t>(kGradTiles, tiles.count - i)),
-                       zeros.const_data_ptr<float>(), v.mutable_data_ptr<float>(), dm.mutable_data_ptr<float>(),
+      for (int64_t i = part * blocks / parts; i < (part + 1) * blocks / parts; ++i) {
+        transform_block(in, g, tiles, results, i * kGradTiles, in_block(i), z, vp, pitch, dmp, dm_pitch);
+        gradient_block(vp, pitch, inputs, dmp, dm_pitch, outputs, in_block(i),
                        sums + part * kPoints * inputs * outputs);
+      }
   });
   at::parallel_for(0, inputs, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernel_gradient(sums, parts, inputs, outputs, i, out);
