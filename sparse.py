@@ -119,10 +119,10 @@ def parts(model):
 def first_sparse_part(model, mask):
     """Where to change from the dense path of ops.py to this one; len(parts(model)) where that does not pay.
 
-    A convolution is faster here below a density measured with tests/bench_sparse.py; ConvNet3's is lower, as its dense
-    path fuses the norms too. The parts from the one returned on have most multiplications to save together.
+    A convolution is faster here below a density measured with tests/bench_sparse.py --only auto; ConvNet3's is lower,
+    as its dense path is better. The parts from the one returned on have most multiplications to save together.
     """
-    crossover = .17 if isinstance(model, common.ConvNet3) else .35
+    crossover = .2 if isinstance(model, common.ConvNet3) else .29
     area, savings = 1., []  # of an activation, in images; multiplications saved by each part
     for part in parts(model):
         savings.append(0.)

@@ -1,13 +1,16 @@
 """Sparse against dense masked training on the CPU: one convolution, whole steps, points of weight space.
 
-    OMP_NUM_THREADS=2 python tests/bench_sparse.py [--data-dir data] [--only conv convnet3 resnet18 points]
+    OMP_NUM_THREADS=2 python tests/bench_sparse.py [--data-dir data] [--only conv convnet3 resnet18 points auto]
 
 Dense is eager PyTorch in the better of its two memory layouts, with freed memory kept in the process for both sides.
 Masks are global magnitude masks of networks trained for --steps steps, so that layers differ in density. The two sides
 take turns in one run and the fastest of --repeats counts. "fused" is the project's own dense path (`--sparse off`).
+"auto" holds `--sparse auto` against `--sparse off` where the choice is close: medians of the ratios of neighbouring
+steps; between equal code they are 0.97 to 1.02.
 With one thread, thread CPU time is measured, which other work on the machine disturbs less.
 """
 import argparse
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -36,6 +39,19 @@ def fastest(functions, repeats):
             function()
             best[i] = min(best[i], clock() - start) if turn else best[i]
     return [1e3 * seconds for seconds in best]
+
+
+def median_ratio(one, other, turns):
+    """How many times as long as one() other() takes: median over pairs, whose order alternates."""
+    ratios = []
+    for turn in range(turns + 1):
+        seconds = {}
+        for function in (one, other) if turn % 2 else (other, one):
+            start = time.perf_counter()
+            function()
+            seconds[function] = time.perf_counter() - start
+        ratios.append(seconds[other] / seconds[one])
+    return statistics.median(ratios[1:])
 
 
 def report(name, sparsity, dense, mine, fused=None):
@@ -115,6 +131,22 @@ def bench_step(args, name):
         report(f"step {name}", sparsity, min(dense), mine, fused)
 
 
+def bench_auto(args):
+    """Steps with --sparse auto against off, from sparsities where auto is dense to those where it is not."""
+    for name, turns in (("convnet3", 60), ("resnet18", 24)):
+        source, config = trained(args, name)
+        images, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
+        for sparsity in (.2, .5, .6, .65, .7, .75, .8, .85, .9):
+            steps = []
+            for choice in ("auto", "off"):
+                model, mask = pruned(source, config, sparsity)
+                steps.append(training_step(model, mask, ops.fused(model, mask, choice), images, labels,
+                                           ops.masked_sgd_))
+            begins = ops.dense_parts(model, mask, "auto")
+            way = "dense" if begins is None else f"sparse from part {begins} of {len(sparse.parts(model))}"
+            print(f"auto {name:17} {sparsity:6.1%}   {median_ratio(*steps, turns):.3f}x   {way}", flush=True)
+
+
 def bench_points(args):
     """11 points on a line between two networks that share a mask, convnet3 width 128, evaluated on --images images."""
     source, config = trained(args, "convnet3")
@@ -147,14 +179,14 @@ def main():
     parser.add_argument("--steps", type=int, default=30, help="training steps before pruning")
     parser.add_argument("--images", type=int, default=256, help="images that the points are evaluated on")
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--only", nargs="+", choices=("conv", "convnet3", "resnet18", "points"),
-                        default=("conv", "convnet3", "resnet18", "points"))
+    parser.add_argument("--only", nargs="+", choices=("conv", "convnet3", "resnet18", "points", "auto"),
+                        default=("conv", "convnet3", "resnet18", "points", "auto"))
     args = parser.parse_args()
     common.keep_freed_memory()
     ops.load()
     torch.manual_seed(0)
     benches = dict(conv=bench_convolution, convnet3=lambda a: bench_step(a, "convnet3"),
-                   resnet18=lambda a: bench_step(a, "resnet18"), points=bench_points)
+                   resnet18=lambda a: bench_step(a, "resnet18"), points=bench_points, auto=bench_auto)
     for name in args.only:
         benches[name](args)
 
