@@ -550,8 +550,8 @@ def batch_norm_relu(norm, x, residual, relu):
 
 
 class FoldedConv(nn.Module):
-    """[Conv2d, BatchNorm2d] or [Conv2d, BatchNorm2d, ReLU]: one op behind the convolution in training, folded into it in
-    eval mode when no gradient is wanted."""
+    """[Conv2d, BatchNorm2d] or [Conv2d, BatchNorm2d, ReLU]: one op behind the convolution in training, folded into it
+    in eval mode when no gradient is wanted."""
 
     @staticmethod
     def takes(conv, norm, relu=None):

@@ -394,7 +394,8 @@ def test_batch_norm_relu_passes_opcheck_and_refuses():
     opcheck("batch_norm_relu", *leaves, x.clone().requires_grad_(), True, 1e-5)
     opcheck("batch_norm_relu", *leaves, None, False, 1e-5)
     for arguments, message in [((x.double(), weight.double(), bias.double(), None), "Double"),
-                               ((x, weight[:4], bias, None), r"\[4\]"), ((x[:0], weight, bias, None), r"\[0, 5, 4, 4\]"),
+                               ((x, weight[:4], bias, None), r"\[4\]"),
+                               ((x[:0], weight, bias, None), r"\[0, 5, 4, 4\]"),
                                ((x, weight, bias, x[:1]), r"\[1, 5, 4, 4\]")]:
         with pytest.raises(RuntimeError, match=message):
             torch.ops.lottery.batch_norm_relu(*arguments, True, 1e-5)

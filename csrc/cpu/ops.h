@@ -1,5 +1,5 @@
-// The ops of the CPU, for bindings.cpp to register. Their files include neither torch/library.h nor ATen/ops/: each would
-// add seconds to the compilation of every one.
+// The ops of the CPU, for bindings.cpp to register. Their files include neither torch/library.h nor ATen/ops/, which
+// would add seconds to the compilation of each.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -20,8 +20,9 @@ static inline void fetch(const float* p, int64_t n) {
 
 // While it multiplies, it fetches what the tile below reads and writes.
 template <int TY, int TX, int S>
-static void gather_tile(const float* src, int64_t src_plane, int64_t src_row, float* dst, const Grid<float>& grid, const int32_t* begin,
-                        const Walk& walk, const float* bias, int64_t first, int64_t last, bool fresh) {
+static void gather_tile(const float* src, int64_t src_plane, int64_t src_row, float* dst, const Grid<float>& grid,
+                        const int32_t* begin, const Walk& walk, const float* bias, int64_t first, int64_t last,
+                        bool fresh) {
   int64_t due = 0;
   const float* below = src + walk.ahead;
   for (int64_t r = first; r < last; r++) {
@@ -142,8 +143,8 @@ static void weight_grad_tile(const float* src, int64_t src_row, const float* gra
   }
 }
 
-// Cuts height x width into tiles of `positions` (8 or 16) vectors, as wide as fit, and smaller ones in the last rows and
-// columns; calls tile(rows, columns, y, x) with compile-time sizes.
+// Cuts height x width into tiles of `positions` (8 or 16) vectors, as wide as fit, and smaller ones in the last rows
+// and columns; calls tile(rows, columns, y, x) with compile-time sizes.
 template <int N>
 struct Size {
   static constexpr int value = N;
@@ -291,4 +292,5 @@ static void backward(const float* z, Pointwise p, const float* mean, const float
       write(i, j, load(z + (i * p.width + j) * LANES), load(g.data + i * g.row + j * LANES));
 }
 
-static constexpr Kernels kernels = {LANES, gather, interleave, separate, weight_grad, moments, forward, backward_sums, backward};
+static constexpr Kernels kernels = {LANES,   gather,  interleave,    separate, weight_grad,
+                                    moments, forward, backward_sums, backward};
