@@ -8,7 +8,7 @@
 Train, remove the 20% of the remaining weights that are smallest, rewind the rest to initialisation, repeat.
 Every round leaves a mask in --out (r0.pt is the dense network) that stability.py, landscape.py and hessian.py read;
 --evaluate trains every round's subnetwork on real data and reports its test accuracy. Without a GPU the `quick`
-preset runs: convnet3 of width 32, 10 rounds (89% sparsity) in 46 s on 2 cores.
+preset runs: convnet3 of width 32, 10 rounds (89% sparsity) in about a minute on 2 cores.
 
     python prune.py --plot masks_distilled masks_real          accuracy and training points against sparsity
     python prune.py --compare masks_distilled masks_real       per-layer sparsity and overlap of two runs (Sec. 6)
