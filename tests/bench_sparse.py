@@ -114,6 +114,12 @@ def training_step(model, mask, network, images, labels, step_):
     return step
 
 
+def fused_step(source, config, sparsity, choice, images, labels):
+    """A training step of the pruned network as the scripts do it with --sparse `choice`."""
+    model, mask = pruned(source, config, sparsity)
+    return training_step(model, mask, ops.fused(model, mask, choice), images, labels, ops.masked_sgd_)
+
+
 def bench_step(args, name):
     """Forward, loss, backward, masked SGD on a batch of 64."""
     source, config = trained(args, name)
@@ -124,9 +130,7 @@ def bench_step(args, name):
             model, mask = pruned(source, config, sparsity)
             steps.append(training_step(model.to(memory_format=layout), mask, model, images.to(memory_format=layout),
                                        labels, common.masked_sgd_))
-        for choice in ("auto", "off"):
-            model, mask = pruned(source, config, sparsity)
-            steps.append(training_step(model, mask, ops.fused(model, mask, choice), images, labels, ops.masked_sgd_))
+        steps += [fused_step(source, config, sparsity, choice, images, labels) for choice in ("auto", "off")]
         *dense, mine, fused = fastest(steps, args.repeats)
         report(f"step {name}", sparsity, min(dense), mine, fused)
 
@@ -137,13 +141,9 @@ def bench_auto(args):
         source, config = trained(args, name)
         images, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
         for sparsity in (.2, .5, .6, .65, .7, .75, .8, .85, .9):
-            steps = []
-            for choice in ("auto", "off"):
-                model, mask = pruned(source, config, sparsity)
-                steps.append(training_step(model, mask, ops.fused(model, mask, choice), images, labels,
-                                           ops.masked_sgd_))
-            begins = ops.dense_parts(model, mask, "auto")
-            way = "dense" if begins is None else f"sparse from part {begins} of {len(sparse.parts(model))}"
+            steps = [fused_step(source, config, sparsity, choice, images, labels) for choice in ("auto", "off")]
+            begins = ops.dense_parts(*pruned(source, config, sparsity), "auto")
+            way = "dense" if begins is None else f"sparse from part {begins} of {len(sparse.parts(source))}"
             print(f"auto {name:17} {sparsity:6.1%}   {median_ratio(*steps, turns):.3f}x   {way}", flush=True)
 
 

@@ -142,9 +142,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor
   TORCH_CHECK(grad_.sizes() == x_.sizes() && grad_.scalar_type() == at::kFloat,
               "batch_norm_relu_backward: grad is float32 ", x_.sizes(), ", got ", grad_.scalar_type(), " ",
               grad_.sizes());
+  for (const Tensor* t : {&mean_, &variance_})
+    TORCH_CHECK(t->sizes() == weight_.sizes() && t->scalar_type() == at::kFloat,
+                "batch_norm_relu_backward: mean and variance are float32 ", weight_.sizes(), ", got ",
+                t->scalar_type(), " ", t->sizes());
   const Tensor grad = grad_.contiguous(kChannelsLast), x = x_.contiguous(kChannelsLast),
                weight = weight_.contiguous(), bias = bias_.contiguous(), mean = mean_.contiguous(),
-               y = y_ ? y_->contiguous(kChannelsLast) : Tensor();
+               variance = variance_.contiguous(), y = y_ ? y_->contiguous(kChannelsLast) : Tensor();
   const Chunks chunks(x);
   const int64_t channels = chunks.channels;
   Tensor dx = empty_channels_last(x, x.sizes()), dresidual = y_ ? empty_channels_last(x, x.sizes()) : x.new_empty({0});
@@ -153,14 +157,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor
               *out = y_ ? y.const_data_ptr<float>() : nullptr;
   float *to = dx.mutable_data_ptr<float>(), *g = y_ ? dresidual.mutable_data_ptr<float>() : nullptr,
         *dw = dweight.mutable_data_ptr<float>(), *db = dbias.mutable_data_ptr<float>();
-  const std::vector<float> fold = folded(mean, variance_.contiguous(), weight, bias, eps);
+  const std::vector<float> fold = folded(mean, variance, weight, bias, eps);
   const PerChannel p{m, &fold[0], &fold[channels]};
   std::vector<float> parts(2 * channels * chunks.count()), slope(channels), offset(channels);
   chunks.each([&](int64_t i, int64_t at, int64_t rows) {
     backward_sums(up + at, in + at, out ? out + at : nullptr, rows, channels, p, relu, g ? g + at : nullptr,
                   &parts[2 * i * channels], &parts[(2 * i + 1) * channels]);
   });
-  const float* v = variance_.const_data_ptr<float>();
+  const float* v = variance.const_data_ptr<float>();
   for (int64_t c = 0; c < channels; ++c) {
     double sum = 0, centred = 0;
     for (int64_t i = 0; i < chunks.count(); ++i)
