@@ -2,10 +2,8 @@
 
 `SparseNetwork(model, mask)` is a view of a ConvNet3 or ResNet: it shares the parameters and buffers and computes the
 same function, but meets only the surviving weights, forward and backward, and norm, ReLU, pooling and residual addition
-happen while the result of a convolution is in the cache. csrc/cpu/sparse.h describes the layout [B, C, H, W, L] in
-which activations travel between the layers.
-
-Needs the compiled extension: ops.py imports this file when it has loaded it.
+happen while the result of a convolution is in the cache. csrc/cpu/sparse/ describes the layout [B, C, H, W, L] in
+which activations travel between the layers. Needs the compiled extension.
 """
 from typing import NamedTuple
 
@@ -13,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
+from ..networks import ConvNet3, ResNet, blocks_of
+from . import ops
 
-AFFINE, INSTANCE, BATCH = 0, 1, 2  # enum Norm in csrc/cpu/sparse_conv.cpp
+AFFINE, INSTANCE, BATCH = 0, 1, 2  # enum Norm of the compiled op
 HALO = 1  # zeros around every activation that a convolution reads
 CHUNK = 64  # images at a time when no gradient is wanted
 
@@ -107,42 +106,6 @@ def sparse_conv(conv, x, weight, bias=None, gamma=None, beta=None, residual=None
     return Blocked(y, halo, x.images), mean, variance
 
 
-def parts(model):
-    """The names of the modules that make up each part of a network that is sparse or dense as a whole: a block, or the
-    layers before the first; without the classifier."""
-    if isinstance(model, common.ConvNet3):
-        return [[f"{layer}{i}" for layer in ("conv", "norm", "relu", "pool")] for i in (1, 2, 3)]
-    first = [name for name in ("conv1", "norm1", "relu1", "pool1") if hasattr(model, name)]
-    return [first] + [[name] for name, module in model.named_children() if isinstance(module, common.BasicBlock)]
-
-
-def first_sparse_part(model, mask):
-    """Where to change from the dense path of ops.py to this one; len(parts(model)) where that does not pay.
-
-    A convolution is faster here below a density measured with tests/bench_sparse.py --only auto; ConvNet3's is lower,
-    as its dense path is better. The parts from the one returned on have most multiplications to save together.
-    """
-    crossover = .2 if isinstance(model, common.ConvNet3) else .29
-    area, savings = 1., []  # of an activation, in images; multiplications saved by each part
-    for part in parts(model):
-        savings.append(0.)
-        for name, module in model.named_modules():
-            if name.partition(".")[0] not in part:
-                continue
-            if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
-                area /= 4
-            if isinstance(module, nn.Conv2d):
-                area /= module.stride[0] ** 2 if "shortcut" not in name else 1
-                density = float(mask[f"{name}.weight"].float().mean())
-                savings[-1] += area * module.weight.numel() * (crossover - density)
-    return max(range(len(savings) + 1), key=lambda start: sum(savings[start:]))
-
-
-#############################################
-#             The network's view            #
-#############################################
-
-
 def norm_arguments(norm, training):
     """What sparse_conv should do for a norm layer of common.norm_layer."""
     if isinstance(norm, nn.Identity):
@@ -153,15 +116,6 @@ def norm_arguments(norm, training):
         return dict(norm=BATCH, eps=norm.eps, gamma=norm.weight, beta=norm.bias)
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     return dict(gamma=scale, beta=norm.bias - norm.running_mean * scale)
-
-
-@torch.no_grad()
-def update_running_statistics(norm, mean, variance, count):
-    """What nn.BatchNorm2d does to its buffers in training."""
-    norm.num_batches_tracked += 1
-    momentum = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
-    norm.running_mean.lerp_(mean, momentum)
-    norm.running_var.lerp_(variance * (count / (count - 1)), momentum)
 
 
 class Stage:
@@ -178,7 +132,7 @@ class Stage:
                                         relu=self.relu, pool=self.pool, halo=self.halo,
                                         **norm_arguments(self.norm, training))
         if training and isinstance(self.norm, nn.BatchNorm2d):
-            update_running_statistics(self.norm, mean[0, :, 0], variance, x.images * plan.positions())
+            ops.update_running_statistics(self.norm, mean[0, :, 0], variance, x.images * plan.positions())
         return y
 
 
@@ -204,18 +158,6 @@ def plan_for(plans, mask, x, stride, padding):
     return plans[key]
 
 
-def residual_block(stage, name, has_shortcut):
-    """A common.BasicBlock as three stages."""
-    first, second = (stage(f"{name}.conv{i}", f"{name}.norm{i}") for i in (1, 2))
-    shortcut = stage(f"{name}.shortcut.conv", f"{name}.shortcut.norm", relu=False) if has_shortcut else lambda x: x
-
-    def block(x):
-        x = blocked(x, HALO)
-        return second(first(x), residual=shortcut(x))
-
-    return block
-
-
 def max_pool(x):
     """3x3 / 2 on activations that are not negative, so that the halo's zeros never win."""
     b, c, h, w, lanes = x.data.shape
@@ -228,41 +170,88 @@ def global_average_pool(x):
     return Blocked(x.inside().mean((2, 3), keepdim=True), 0, x.images)
 
 
+#############################################
+#             The network's view            #
+#############################################
+
+
 def supports(model):
     """Whether SparseNetwork can be made of a model: float32 on the CPU, and a network whose layers it knows."""
     first = next(model.parameters(), None)
-    known = type(model) in (common.ConvNet3, common.ResNet)
+    known = type(model) in (ConvNet3, ResNet)
     return known and first.dtype == torch.float32 and first.device.type == "cpu"
+
+
+def first_sparse_block(model, mask):
+    """The block from which on a network is sparse; the number of its blocks where that does not pay.
+
+    A convolution is faster here below a density measured with bench/bench_sparse.py --only auto; ConvNet3's is lower,
+    as its dense path is better. The blocks from the one returned on have most multiplications to save together.
+    """
+    crossover = .2 if isinstance(model, ConvNet3) else .29
+    area, savings = 1., []  # of an activation, in images; multiplications saved by each block
+    for block in blocks_of(model):
+        savings.append(0.)
+        for name, module in model.named_modules():
+            if name.partition(".")[0] not in block.modules():
+                continue
+            if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
+                area /= 4
+            if isinstance(module, nn.Conv2d):
+                area /= module.stride[0] ** 2 if "shortcut" not in name else 1
+                density = float(mask[f"{name}.weight"].float().mean())
+                savings[-1] += area * module.weight.numel() * (crossover - density)
+    return max(range(len(savings) + 1), key=lambda start: sum(savings[start:]))
 
 
 class SparseNetwork:
     """A view of `model` that computes images [N, C, H, W] -> logits [N, classes], sharing its parameters and buffers.
 
     `mask` says which weights survive; the others are taken as 0, whatever they are, and get gradient 0. Without
-    gradients the images are taken in chunks that suit the cache. `dense`: views (ops.Fused) of the parts that the
+    gradients the images are taken in chunks that suit the cache. `dense`: views (dense.Fused) of the blocks that the
     network begins with, whose pruned weights should be 0 and may get gradients. `plans`: a dict that views with one
     mask share.
     """
 
     def __init__(self, model, mask, dense=(), plans=None):
-        plans = {} if plans is None else plans
-
-        def stage(conv, norm, **options):
-            return Stage(model.get_submodule(conv), model.get_submodule(norm), mask[f"{conv}.weight"],
-                         plans.setdefault(conv, {}), **options)
-
+        self.model, self.mask, self.dense = model, mask, dense
+        self.plans = {} if plans is None else plans
         self.parts = [view.run for view in dense]
-        for names in parts(model)[len(dense):]:
-            if isinstance(model, common.ConvNet3):
-                self.parts.append(stage(*names[:2], pool=2, halo=0 if names[0] == "conv3" else HALO))
-            elif names[0] == "conv1":
-                self.parts += [stage("conv1", "norm1")] + [max_pool] * ("pool1" in names)
+        blocks = blocks_of(model)
+        for block in blocks[len(dense):]:
+            if block.residual:
+                self.parts.append(self.residual_block(block))
             else:
-                self.parts.append(residual_block(stage, *names, len(model.get_submodule(names[0]).shortcut) > 0))
-        if isinstance(model, common.ResNet):
+                self.parts += self.plain_block(block, last=block is blocks[-1])
+        if isinstance(model, ResNet):
             self.parts.append(global_average_pool)
-        self.parts.append(Classifier(model.linear, mask["linear.weight"], plans.setdefault("linear", {})))
-        self.model, self.dense = model, dense
+        linear = self.plans.setdefault("linear", {})
+        self.parts.append(Classifier(model.linear, mask["linear.weight"], linear))
+
+    def stage(self, layer, **options):
+        plans = self.plans.setdefault(layer.conv, {})
+        conv, norm = map(self.model.get_submodule, (layer.conv, layer.norm))
+        return Stage(conv, norm, self.mask[f"{layer.conv}.weight"], plans, **options)
+
+    def plain_block(self, block, last):
+        """The steps of a block without a shortcut; what the classifier reads needs no halo."""
+        layer, = block.layers
+        if not layer.pool:
+            return [self.stage(layer)]
+        if isinstance(self.model.get_submodule(layer.pool), nn.MaxPool2d):
+            return [self.stage(layer), max_pool]
+        return [self.stage(layer, pool=2, halo=0 if last else HALO)]
+
+    def residual_block(self, block):
+        """The step that a networks.BasicBlock is."""
+        first, second = map(self.stage, block.layers)
+        shortcut = self.stage(block.shortcut, relu=False) if block.shortcut else lambda x: x
+
+        def step(x):
+            x = blocked(x, HALO)
+            return second(first(x), residual=shortcut(x))
+
+        return step
 
     def __call__(self, images):
         if self.model.training or torch.is_grad_enabled():

@@ -27,6 +27,16 @@ class Ranks(NamedTuple):
 together = contextvars.ContextVar("together", default=Ranks())
 
 
+def current():
+    """The Ranks that this process belongs to now."""
+    return together.get()
+
+
+def is_first():
+    """Whether this process writes the files and prints the tables."""
+    return current().rank == 0
+
+
 @contextlib.contextmanager
 def all_ranks():
     """Join the processes that torchrun started: gloo for tensors on a CPU, nccl on GPUs, a device a rank."""
@@ -67,7 +77,7 @@ def alone(**options):
 
 def print_once(text):
     """Print to stderr what every rank may have to say."""
-    store = together.get().store
+    store = current().store
     if store is None or store.add(text, 1) == 1:
         print(text, file=sys.stderr)
 
@@ -76,15 +86,12 @@ def share(items, title, steps=1):
     """Yield every item on one of the ranks, which handles it as one process would. Ends when all ranks are done.
 
     What the loop prints, the first rank prints in the items' order. The bar of all ranks counts `steps` for an item,
-    as together.get().step() reports them or, at the latest, when the item is done.
+    as current().step() reports them or, at the latest, when the item is done.
     """
-    ranks, items = together.get(), list(items)
+    ranks, items = current(), list(items)
     if ranks.size == 1:
         yield from items
         return
-    from common import compiled_ops  # which imports this file
-
-    compiled_ops()  # speaks before the silence
     left = 0
 
     def step(n=1):
@@ -99,18 +106,24 @@ def share(items, title, steps=1):
                 yield items[i]
             step(left)
             ranks.store.set(f"{title} {i}", speech.getvalue())
-        others = torch.distributed.all_reduce(torch.zeros(1), async_op=True)
-        while ranks.rank == 0 and not others.is_completed():
-            time.sleep(.1)
-            step(0)
-        others.wait()
-    for i in range(len(items) if ranks.rank == 0 else 0):
-        print(ranks.store.get(f"{title} {i}").decode(), end="")
+        wait_for_others(ranks, step)
+    if ranks.rank == 0:
+        for i in range(len(items)):
+            print(ranks.store.get(f"{title} {i}").decode(), end="")
+
+
+def wait_for_others(ranks, step):
+    """Wait until every rank has come here; the first one moves the bar meanwhile."""
+    others = torch.distributed.all_reduce(torch.zeros(1), async_op=True)
+    while ranks.rank == 0 and not others.is_completed():
+        time.sleep(.1)
+        step(0)
+    others.wait()
 
 
 def sum_over_ranks_(tensor):
     """Add up `tensor` over the ranks, in place."""
-    if together.get().size > 1:
+    if current().size > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
 
@@ -123,4 +136,4 @@ def wait():
 def first_says(value):
     """The first rank's value as a float64 tensor, for what all must decide alike."""
     value = torch.as_tensor(value, dtype=torch.float64)
-    return sum_over_ranks_(torch.zeros_like(value) if together.get().rank else value)
+    return sum_over_ranks_(torch.zeros_like(value) if current().rank else value)

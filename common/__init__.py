@@ -1,0 +1,28 @@
+"""What the scripts share, and the unit of copying: one script and this folder work anywhere. It imports nothing.
+
+The vocabulary, used everywhere:
+
+    split     images [N, C, H, W] and labels [N], in memory on the training device
+    mask      {parameter name: bool tensor}, True = the weight survives
+    state     a state dict: parameters and buffers
+    ticket    a mask with its initial state, config and results, and the file r<n>.pt that holds them
+    endpoint  a ticket trained on real data in one data order
+    point     a place in weight space
+    sparsity  the fraction of prunable weights removed
+    config    a flat dict of plain values, saved with every result
+
+Prunable are the weights of every Conv2d and Linear, first and last layer included. "Paper" is
+"On Synthetic Data and Iterative Magnitude Pruning: a Linear Mode Connectivity Study", "IDC" is
+Kim et al. 2022, whose augmentation and distilled data the paper uses.
+
+The rooms, each using only those above it:
+
+    errors, ranks, files, streams     ground: mistakes, several processes, atomic files, random numbers
+    networks, masks, augment, data    ConvNet3 and ResNets; mask algebra; DSA and CutMix; splits of real data
+    distilled                         distilled sets of every published format
+    kernels/                          the Python side of csrc/: faster views of a network, and their ops
+    training, evaluation              SGD under a mask; losses of networks and of points
+    tickets, endpoints                mask files; the networks trained from them
+    cli                               flags, errors in one line, how a script starts
+    embedded/                         digits, and distilled sets of CIFAR-10 and digits
+"""

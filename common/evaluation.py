@@ -1,0 +1,95 @@
+"""Loss and accuracy of networks, and of many points of weight space."""
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .kernels import points, views
+from .masks import surviving
+
+
+class Score(NamedTuple):
+    loss: float  # mean cross-entropy
+    accuracy: float
+    loss_error: float  # standard error of the mean loss over images
+
+
+@torch.no_grad()
+def evaluate(model, split, batch_size=500):
+    """Score of `model` on `split` without augmentation, in eval mode; sums in float64."""
+    network = views.view(model, surviving(model))
+    model.eval()
+    total = torch.zeros(3, dtype=torch.float64)
+    for start in range(0, len(split), batch_size):
+        images, labels = split.batch(slice(start, start + batch_size))
+        logits = network(images)
+        losses = F.cross_entropy(logits, labels, reduction="none").double()
+        total += torch.stack([losses.sum(), losses.square().sum(), (logits.argmax(1) == labels).sum().double()]).cpu()
+    return score(*total.tolist(), len(split))
+
+
+def score(loss_sum, loss_square_sum, correct, n):
+    """Score of `n` images from three sums over them."""
+    mean = loss_sum / n
+    variance = max(loss_square_sum / n - mean * mean, 0.) * n / max(n - 1, 1)
+    return Score(mean, correct / n, math.sqrt(variance / n))
+
+
+def combine(states, weights, mask=None):
+    """The weight-space point sum_m weights[m] * states[m], parameters and buffers, with `mask` applied."""
+    point = {}
+    for name, value in states[0].items():
+        if value.is_floating_point():
+            value = sum(w * state[name] for w, state in zip(weights, states))
+            value = value * mask[name] if mask and name in mask else value
+        point[name] = value
+    return point
+
+
+def refresh_batchnorm(model, split, batch_size=500):
+    """Re-estimate BatchNorm's running statistics as plain averages over one pass through `split`."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    kept = [m.momentum for m in norms]
+    try:
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # cumulative average
+        model.train()
+        with torch.no_grad():
+            for start in range(0, len(split), batch_size):
+                model(split.batch(slice(start, start + batch_size))[0])
+    finally:
+        for m, momentum in zip(norms, kept):
+            m.momentum = momentum
+        model.eval()
+
+
+def evaluate_points(model, states, coefficients, splits, mask=None, refresh=None, progress=None):
+    """Scores [K][len(splits)] of the K points combine(states, coefficients[k], mask), each on all `splits`.
+
+    `model` is scratch space: it ends at the last point. `refresh`, a split, re-estimates BatchNorm statistics at
+    every point; without it the statistics are combined like the weights. `progress()` is called after each point.
+    """
+    if not refresh and points.can_batch(model):
+        sums = points.sums_at_points(model, states, coefficients, splits, mask, progress)
+        model.load_state_dict(combine(states, coefficients[-1], mask))
+        return [[score(*total, len(split)) for total, split in zip(row, splits)] for row in sums]
+    scores = []
+    for weights in coefficients:
+        model.load_state_dict(combine(states, weights, mask))
+        if refresh:
+            refresh_batchnorm(model, refresh)
+        scores.append([evaluate(model, split) for split in splits])
+        if progress:
+            progress()
+    return scores
+
+
+def mean_and_std(values):
+    """Mean and standard deviation (over n - 1; 0 of a single value)."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.

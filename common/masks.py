@@ -1,0 +1,53 @@
+"""Mask algebra: which weights survive, how sparse that is, magnitude pruning, what two masks share."""
+import torch
+
+from .networks import prunable
+
+
+def dense_mask(model):
+    """The mask that keeps every prunable weight."""
+    return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable(model).items()}
+
+
+def surviving(model):
+    """The mask of the prunable weights that are not 0."""
+    return {name: weight != 0 for name, weight in prunable(model).items()}
+
+
+def sparsity(mask):
+    """Fraction of prunable weights removed."""
+    return 1 - sum(int(m.sum()) for m in mask.values()) / sum(m.numel() for m in mask.values())
+
+
+@torch.no_grad()
+def apply_mask(model, mask):
+    """Set the weights outside `mask` to 0."""
+    for name, kept in mask.items():
+        model.get_parameter(name).mul_(kept)
+
+
+def magnitude_mask(weights, mask, rate, scope="global"):
+    """Remove the `rate` of the surviving weights that is smallest in magnitude: round(rate * remaining) of them.
+
+    weights {name: tensor}, mask {name: bool tensor} -> a new mask, nested in the old one. `scope` "global" ranks
+    all layers together, "layer" each by itself. Equal to torch.nn.utils.prune's global_unstructured/l1_unstructured.
+    """
+    groups = [list(mask)] if scope == "global" else [[name] for name in mask]
+    new = {name: kept.clone() for name, kept in mask.items()}
+    for names in groups:
+        survivors = torch.cat([weights[name].detach()[mask[name]].abs() for name in names])
+        keep = torch.ones_like(survivors, dtype=torch.bool)
+        keep[survivors.topk(round(rate * len(survivors)), largest=False).indices] = False
+        for name, part in zip(names, keep.split([int(mask[name].sum()) for name in names])):
+            new[name][mask[name]] = part
+    return new
+
+
+def overlap(a, b):
+    """Surviving weights shared by two masks of one layer against independent masks of the same densities.
+
+    Returns (n, survivors of a, of b, shared, expected, variance); the last two are the hypergeometric ones.
+    """
+    n, k, m = a.numel(), int(a.sum()), int(b.sum())
+    variance = k * m * (n - k) * (n - m) / (n * n * max(n - 1, 1))
+    return n, k, m, int((a & b).sum()), k * m / n, variance

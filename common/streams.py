@@ -1,0 +1,37 @@
+"""Random numbers: a stream of its own for every purpose, all from one seed."""
+import contextlib
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+
+def random_stream(seed, *purpose):
+    """A CPU generator for one purpose, e.g. random_stream(3, "order", round).
+
+    Streams of different purposes are independent, so a resumed round draws what it would have drawn.
+    """
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextlib.contextmanager
+def global_generators_kept(device):
+    """What happens inside leaves the global generators of torch, NumPy and Python as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def seed_global_generators(generator):
+    """Seed what modules such as dropout draw from by the state of `generator`, which stays as it is."""
+    digest = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
+    seed = int.from_bytes(digest[:4], "big")
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)

@@ -1,0 +1,197 @@
+"""SGD under a mask: one loop for pruning rounds, evaluations and endpoints, which goes on from any step."""
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from .augment import augmented
+from .errors import UserError
+from .files import Autosave
+from .kernels import ops, views
+from .masks import apply_mask
+from .streams import global_generators_kept, seed_global_generators
+
+#############################################
+#             Recipe and progress           #
+#############################################
+
+
+class Recipe(NamedTuple):
+    """How a network is trained: SGD, learning rate times 0.2 at 2/3 and 5/6 of the epochs (paper's code)."""
+
+    epochs: int
+    lr: float = .01
+    momentum: float = .9
+    weight_decay: float = 5e-4
+    batch_size: int = 64
+    augment: str = "dsa"
+    cutmix: float = .5
+    flip: bool = True
+    amp: bool = False  # train in bfloat16
+    compile: bool = False  # run the step through torch.compile
+
+    @property
+    def skips_zeros(self):
+        """Whether the step has a form that skips pruned weights."""
+        return not (self.amp or self.compile)
+
+    def learning_rate(self, epoch):
+        return self.lr * .2 ** ((epoch >= 2 * self.epochs // 3) + (epoch >= 5 * self.epochs // 6))
+
+
+def recipe_of(config, epochs):
+    """The recipe that `config` holds, for a number of epochs."""
+    return Recipe(epochs, **{field: config[field] for field in Recipe._fields[1:] if field in config})
+
+
+@dataclass
+class Training:
+    """Where a training stands; with the network and the generator as they are then, all that it goes on from."""
+
+    epoch: int = 0  # finished ones
+    step: int = 0  # batches done in the epoch after them,
+    order: torch.Tensor = None  # whose images come in this order
+    losses: list = field(default_factory=list)  # of its batches
+    hits: int = 0  # right answers in it
+    momenta: list = None
+    images_seen: int = 0
+    loss: float = math.nan  # mean over the last finished epoch, on augmented batches
+    accuracy: float = math.nan
+
+    def finish_epoch(self, lr):
+        """Sum up the epoch: the only wait for a GPU in it. Raises UserError on a loss that is not finite."""
+        losses = torch.stack(self.losses).tolist()
+        for step, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise UserError(f"the loss became {loss} at epoch {self.epoch}, step {step}; try a lower --lr than {lr}")
+        self.loss, self.accuracy = sum(losses) / len(losses), float(self.hits) / len(self.order)
+        self.images_seen += len(self.order)
+        self.epoch, self.step, self.order, self.losses, self.hits = self.epoch + 1, 0, None, [], 0
+
+
+#############################################
+#                 The loop                  #
+#############################################
+
+
+def train(model, split, recipe, generator, mask=None, until=None, training=None, progress=None):
+    """Train `model` in place on `split` and return the Training; weights outside `mask` are and stay exactly 0.
+
+    `until`: the epoch of the recipe's schedule to stop after (the last one). `training`: where to go on from, with
+    `model` and `generator` as they were then. Every random draw comes from `generator`, or repeats with it.
+    `progress(training)` is called after every step and every epoch. Raises UserError on what is not finite.
+    """
+    apply_mask(model, mask or {})
+    training = training or Training()
+    training.momenta = training.momenta or [torch.zeros_like(p) for p in trainable(model).values()]
+    progress = progress or (lambda training: None)
+    step = make_step(model, mask, training.momenta, recipe)
+    model.train()
+    with global_generators_kept(split.labels.device):
+        while training.epoch < (recipe.epochs if until is None else until):
+            lr = recipe.learning_rate(training.epoch)
+            if training.order is None:
+                training.order = torch.randperm(len(split), generator=generator)
+            for index in batches(training.order, recipe.batch_size)[training.step:]:
+                batch = augmented(*split.batch(index), recipe, generator)
+                seed_global_generators(generator)
+                loss, hits = step(batch, lr)
+                training.losses.append(loss)
+                training.hits += hits
+                training.step += 1
+                progress(training)
+            training.finish_epoch(recipe.lr)
+            progress(training)
+    check_finite(model, recipe, training)
+    return training
+
+
+def trainable(model):
+    """{name: parameter} of those that are trained; frozen ones stay as they are."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def batches(order, size):
+    """Indices `order` cut into batches; a last one of one image joins the one before, as BatchNorm cannot take it."""
+    parts = list(order.split(size))
+    if len(parts) > 1 and len(parts[-1]) == 1 < size:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+def make_step(model, mask, momenta, recipe):
+    """A function (Batch, learning rate) -> (loss, right answers) that makes one SGD step of `model` under `mask`."""
+    names, params = zip(*trainable(model).items())
+    masks = [(mask or {}).get(name) for name in names]
+    network = views.view(model, mask, recipe.skips_zeros)
+
+    def step(batch, lr):
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=recipe.amp):
+            logits = network(batch.images)
+        n = len(batch.labels)
+        losses = [F.cross_entropy(logits.float(), y, reduction="sum") / n for y in (batch.labels, batch.pasted)]
+        loss = batch.kept * losses[0] + (1 - batch.kept) * losses[1]
+        grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        ops.masked_sgd_(params, grads, momenta, masks, lr, recipe.momentum, recipe.weight_decay)
+        return loss.detach().clone(), (logits.argmax(1) == batch.labels).sum()  # a CUDA graph writes to the same place
+
+    return compiled(step) if recipe.compile else step
+
+
+def compiled(step):
+    """`step` through torch.compile."""
+    import torch._dynamo.config as dynamo
+
+    if hasattr(dynamo, "trace_autograd_ops"):  # in an older torch the graph ends at torch.autograd.grad
+        dynamo.trace_autograd_ops = True
+    return torch.compile(step, dynamic=False, mode="reduce-overhead")
+
+
+def check_finite(model, recipe, training):
+    """Raises UserError when the last step made a parameter infinite or NaN, which no loss has shown."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{name} became infinite or NaN in epoch {training.epoch - 1}; try a lower --lr than "
+                            f"{recipe.lr}")
+
+
+#############################################
+#          Seen, saved, and resumed         #
+#############################################
+
+
+def train_with_bar(title, model, split, recipe, generator, mask=None, until=None, training=None, save=None):
+    """`train` under a progress bar; `save(training)` is called every half a minute. An error says where it came from."""
+    autosave, done = Autosave(), training.epoch if training else 0
+    total, title = recipe.epochs if until is None else until, f"{title} ({views.path(model, mask, recipe.skips_zeros)})"
+    with tqdm(initial=done, total=total, desc=title, unit="epoch", disable=None, leave=False) as bar:
+        def progress(training):
+            if training.epoch > bar.n:
+                bar.set_postfix(loss=f"{training.loss:.3f}", accuracy=f"{training.accuracy:.1%}", refresh=False)
+                bar.update()
+            if save and autosave.due():
+                save(training)
+
+        try:
+            return train(model, split, recipe, generator, mask, until, training, progress)
+        except UserError as error:
+            raise UserError(f"{title}: {error}") from error
+
+
+def pack(training, model, generator):
+    """What a file holds of a training under way: {"state", "generator", "training"}, for unpack."""
+    values = dict(vars(training))
+    values["losses"] = torch.stack(training.losses) if training.losses else None
+    return {"state": model.state_dict(), "generator": generator.get_state(), "training": values}
+
+
+def unpack(saved, model, generator):
+    """The Training that `pack` saved, with `model` and `generator` set to what they were."""
+    model.load_state_dict(saved["state"])
+    generator.set_state(saved["generator"].cpu())
+    values = saved["training"]
+    losses = [] if values["losses"] is None else list(values["losses"].unbind())
+    return Training(**values | {"losses": losses})
