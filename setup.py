@@ -1,7 +1,7 @@
 """Build the compiled ops: python setup.py build_ext --inplace, or pip install --no-build-isolation .
 
 The CPU part always; the CUDA part when nvcc is found, or with FORCE_CUDA=1 (never with FORCE_CUDA=0), for the GPUs in
-TORCH_CUDA_ARCH_LIST (unset: those of ops.CUDA_ARCHITECTURES). No GPU or driver is needed to build or to import it.
+TORCH_CUDA_ARCH_LIST (unset: those of build.CUDA_ARCHITECTURES). No GPU or driver is needed to build or to import it.
 """
 import os
 import sys
@@ -10,17 +10,17 @@ from pathlib import Path
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import ops  # noqa: E402
+from common.kernels import build  # noqa: E402
 
-ops.set_cuda_home()
-with ops.quietly():
+build.set_cuda_home()
+with build.quietly():
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 forced = os.environ.get("FORCE_CUDA")
 cuda = forced == "1" or (CUDA_HOME is not None and forced != "0")
-os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ops.CUDA_ARCHITECTURES)
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build.CUDA_ARCHITECTURES)
 extension = (CUDAExtension if cuda else CppExtension)(
-    ops.NAME, ops.sources(cuda), extra_compile_args={"cxx": ops.CPU_FLAGS, "nvcc": ops.CUDA_FLAGS},
-    extra_link_args=ops.THREADS)
-setup(name="lottery-csrc", version="1", py_modules=[], ext_modules=[extension],
+    build.NAME, build.sources(cuda), extra_compile_args={"cxx": build.CPU_FLAGS, "nvcc": build.CUDA_FLAGS},
+    extra_link_args=build.THREADS)
+setup(name="lottery-csrc", version="1", py_modules=[], packages=[], ext_modules=[extension],
       cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)})

@@ -4,6 +4,7 @@ On a machine with a GPU and the CUDA half built the same tests run there too: py
 """
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
-import ops
+from common.data import Split
+from common.evaluation import combine, evaluate_points
+from common.kernels import build, ops, points, views
+from common.kernels.views import view
+from common.networks import build_network, prunable
+from common.streams import random_stream
+from common.training import Recipe, train
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -63,7 +69,7 @@ def sgd_problem(device, dtype=torch.float32):
 def test_masked_sgd_is_the_reference(device, dtype, dampening, nesterov):
     params, grads, momenta, masks = sgd_problem(device, dtype)
     wanted = [[t.double() for t in tensors] for tensors in (params, grads, momenta)]
-    common.masked_sgd_(*wanted, masks, .1, .9, .01, dampening, nesterov)
+    ops.masked_sgd_reference(*wanted, masks, .1, .9, .01, dampening, nesterov)
     ops.masked_sgd_(params, grads, momenta, masks, .1, .9, .01, dampening, nesterov)
     for p, m, wanted_p, wanted_m, mask in zip(params, momenta, wanted[0], wanted[2], masks):
         close(p, wanted_p, TOLERANCE[dtype])
@@ -408,7 +414,7 @@ def test_batch_norm_relu_passes_opcheck_and_refuses():
 
 def small_network(model, norm, width=8, device="cpu"):
     config = dict(model=model, norm=norm, channels=3, image_size=16, num_classes=4, width=width)
-    network = common.build_network(config).to(device)
+    network = build_network(config).to(device)
     for module in network.modules():  # statistics and affine values that would show a mix-up
         if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
             nn.init.uniform_(module.weight, .5, 1.5)
@@ -427,15 +433,15 @@ NETWORKS = [("convnet3", "instance"), ("convnet3", "batch"), ("convnet3", "none"
 def test_fused_network_is_the_network(device, model, norm):
     network = small_network(model, norm, device=device)
     before = copy.deepcopy(network.state_dict())
-    view, images = ops.fused(network), torch.randn(70, 3, 16, 16, device=device)
+    fast, images = view(network), torch.randn(70, 3, 16, 16, device=device)
     network.eval()
     with torch.no_grad():
-        close(view(images), network(images))
+        close(fast(images), network(images))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     network.train()
     twin = copy.deepcopy(network)
     labels, params = torch.randint(4, (70,), device=device), list(network.parameters())
-    loss = F.cross_entropy(view(images), labels)
+    loss = F.cross_entropy(fast(images), labels)
     grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
     wanted = torch.autograd.grad(F.cross_entropy(twin(images), labels), list(twin.parameters()))
     for grad, other in zip(grads, wanted):
@@ -461,13 +467,13 @@ class Custom(nn.Module):
 
 def test_fused_leaves_what_it_does_not_know(device):
     network = Custom().to(device)
-    view, images = ops.fused(network), torch.randn(5, 3, 32, 32, device=device)
+    fast, images = view(network), torch.randn(5, 3, 32, 32, device=device)
     for mode in (True, False):
         network.train(mode)
-        close(view(images), network(images), 1e-4)
-    assert not ops.can_batch(network) and ops.can_batch(small_network("convnet3", "instance", device=device))
+        close(fast(images), network(images), 1e-4)
+    assert not points.can_batch(network) and points.can_batch(small_network("convnet3", "instance", device=device))
     network.features[1].register_forward_hook(lambda module, inputs, output: output * 0)
-    close(view(images) * 0 + ops.fused(network)(images), network(images), 1e-4)
+    close(fast(images) * 0 + view(network)(images), network(images), 1e-4)
 
 
 @pytest.mark.parametrize("model, norm", NETWORKS)
@@ -478,15 +484,15 @@ def test_points_are_the_fallbacks_and_independent_of_grouping(device, model, nor
             if value.is_floating_point() and "running_var" not in name:
                 value.add_(torch.randn_like(value), alpha=.1)
     network = small_network(model, norm, device=device)
-    mask = {name: torch.rand(w.shape, device=device) < .7 for name, w in common.prunable(network).items()}
-    splits = [common.Split(torch.randn(n, 3, 16, 16, device=device), torch.randint(4, (n,), device=device))
+    mask = {name: torch.rand(w.shape, device=device) < .7 for name, w in prunable(network).items()}
+    splits = [Split(torch.randn(n, 3, 16, 16, device=device), torch.randint(4, (n,), device=device))
               for n in (505, 7)]
-    line = [(1 - a / 9, a / 9) for a in range(ops.SHARING_GROUP + 1)]
-    scores = ops.evaluate_points(network, states, line, splits, mask)
+    line = [(1 - a / 9, a / 9) for a in range(points.SHARING_GROUP + 1)]
+    scores = evaluate_points(network, states, line, splits, mask)
     for weights, point in zip(line, scores):
         exact = copy.deepcopy(network).double().eval()
         doubles = [{name: value.double() for name, value in state.items()} for state in states]
-        exact.load_state_dict(common.combine(doubles, weights, mask))
+        exact.load_state_dict(combine(doubles, weights, mask))
         for split, score in zip(splits, point):
             with torch.no_grad():
                 logits = exact(split.images.double())
@@ -494,38 +500,48 @@ def test_points_are_the_fallbacks_and_independent_of_grouping(device, model, nor
             assert score.loss == pytest.approx(losses.mean().item(), rel=1e-5)
             assert score.loss_error == pytest.approx((losses.std() / len(split) ** .5).item(), rel=1e-4)
             assert abs(score.accuracy - (logits.argmax(1) == split.labels).double().mean().item()) < 1.5 / len(split)
-    assert [ops.evaluate_points(network, states, [weights], splits, mask)[0] for weights in line] == scores
+    assert [evaluate_points(network, states, [weights], splits, mask)[0] for weights in line] == scores
 
 
-def test_training_with_and_without_the_ops_agrees(monkeypatch):
+@pytest.fixture
+def dense_only():
+    """Zeros are not skipped."""
+    before = views.skip_zeros.set("off")
+    yield
+    views.skip_zeros.reset(before)
+
+
+def test_training_with_and_without_the_ops_agrees(monkeypatch, dense_only):
     torch.manual_seed(0)
     images, labels = torch.randn(96, 3, 16, 16), torch.randint(4, (96,))
-    split, recipe = common.Split(images, labels), common.Recipe(6, lr=.05, batch_size=32, sparse="off")
+    split, recipe = Split(images, labels), Recipe(6, lr=.05, batch_size=32)
     results = []
-    for ops_of in (lambda: ops, lambda: None):
-        monkeypatch.setattr(common, "compiled_ops", ops_of)
+    for with_ops in (True, False):
+        if not with_ops:
+            monkeypatch.setattr(ops, "runs_on", lambda device_type: False)
         torch.manual_seed(1)
         network = small_network("convnet3", "instance")
-        mask = {name: torch.rand(w.shape, generator=common.random_stream(0, name)) < .5
-                for name, w in common.prunable(network).items()}
+        mask = {name: torch.rand(w.shape, generator=random_stream(0, name)) < .5
+                for name, w in prunable(network).items()}
         losses = []
-        common.train(network, split, recipe, common.random_stream(0, "order"), mask,
-                     progress=lambda epoch, loss, accuracy: losses.append(loss))
+        train(network, split, recipe, random_stream(0, "order"), mask,
+              progress=lambda training: losses.append(training.loss) if training.order is None else None)
+        assert len(losses) == 6
         assert all(not network.get_parameter(name)[~kept].any() for name, kept in mask.items())
         results.append(losses)
     assert results[0] == pytest.approx(results[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("option", ["compile", "amp"])
-def test_the_step_compiled_or_in_bfloat16_trains_alike(option):
+def test_the_step_compiled_or_in_bfloat16_trains_alike(option, dense_only):
     torch.manual_seed(0)
     images, labels = torch.randn(32, 3, 16, 16), torch.randint(4, (32,))
-    recipe, losses = common.Recipe(2, lr=.05, batch_size=32, sparse="off"), []
+    recipe, losses = Recipe(2, lr=.05, batch_size=32), []
     for settings in (recipe, recipe._replace(**{option: True})):
         torch.manual_seed(1)
         network = small_network("convnet3", "instance")
-        mask = {name: w.abs() > w.abs().median() for name, w in common.prunable(network).items()}
-        trained = common.train(network, common.Split(images, labels), settings, common.random_stream(0, "order"), mask)
+        mask = {name: w.abs() > w.abs().median() for name, w in prunable(network).items()}
+        trained = train(network, Split(images, labels), settings, random_stream(0, "order"), mask)
         losses.append(trained.loss)
         assert all(not network.get_parameter(name)[~kept].any() for name, kept in mask.items())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4 if option == "compile" else .03)
@@ -539,7 +555,8 @@ def test_the_step_compiled_or_in_bfloat16_trains_alike(option):
 def load_in_a_new_process(folder=ROOT, **environment):
     """(returned value or error, lines on stderr) of ops.load() called twice."""
     hidden = "" if folder == ROOT else f"import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]\n"
-    program = "import ops, common\ntry: print(ops.load() and ops.load())\nexcept common.UserError as e: print(e)"
+    program = ("from common.errors import UserError\nfrom common.kernels import ops\n"
+               "try: print(ops.load() and ops.load())\nexcept UserError as e: print(e)")
     done = subprocess.run([sys.executable, "-c", hidden + program], cwd=folder, capture_output=True, text=True,
                           timeout=120, env=os.environ | {"PYTHONPATH": str(folder)} | environment)
     return done.stdout.strip(), [line for line in done.stderr.splitlines() if line.startswith("csrc:")]
@@ -551,7 +568,7 @@ def test_the_environment_forces_the_choice_and_it_is_said_once():
     assert load_in_a_new_process(LOTTERY_OPS="maybe") == ("LOTTERY_OPS=maybe: compiled or fallback", [])
 
 
-@pytest.mark.skipif(not ops.prebuilt(), reason="needs setup.py's extension")
+@pytest.mark.skipif(not build.prebuilt(), reason="needs setup.py's extension")
 def test_importing_the_extension_registers_the_ops():
     program = "import torch, lottery_csrc; print(torch.ops.lottery.combine_)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -561,9 +578,7 @@ def test_importing_the_extension_registers_the_ops():
 @pytest.fixture
 def bare_checkout(tmp_path):
     """The project without an extension, and a cache of its own."""
-    for name in ("ops.py", "common.py", "ranks.py", "sparse.py"):
-        if (ROOT / name).exists():
-            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__", "embedded"))
     return tmp_path
 
 
@@ -577,7 +592,7 @@ def fallback_reason(folder, **environment):
 def test_copied_alone_it_falls_back(bare_checkout):
     value, lines = fallback_reason(bare_checkout)
     assert value == "False"
-    assert lines == ["csrc: not compiled, PyTorch fallback: no csrc/ beside ops.py, and no extension installed"]
+    assert lines == ["csrc: not compiled, PyTorch fallback: no csrc/ beside common/, and no extension installed"]
 
 
 def test_a_failing_compiler_means_the_fallback(bare_checkout):

@@ -2,6 +2,7 @@
 
 Also with LOTTERY_SPARSE_ISA=portable, avx2 or avx512, which forces one set of kernels (the last test does so).
 """
+import contextlib
 import copy
 import os
 import subprocess
@@ -12,9 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
-import ops
-import sparse
+from common.data import Split
+from common.evaluation import evaluate, evaluate_points
+from common.kernels import dense, ops, sparse, views
+from common.kernels.views import view
+from common.masks import apply_mask
+from common.networks import build_network, prunable
+from common.streams import random_stream
+from common.training import Recipe, train
 
 pytestmark = pytest.mark.skipif(os.environ.get("LOTTERY_OPS") == "fallback" or not ops.load(),
                                 reason="needs the extension")
@@ -23,6 +29,16 @@ pytestmark = pytest.mark.skipif(os.environ.get("LOTTERY_OPS") == "fallback" or n
 LAYERS = [(5, 7, 9, 6, 3, 1, 1, 3), (5, 7, 9, 6, 3, 2, 1, 9), (6, 4, 8, 8, 1, 1, 0, 8), (6, 4, 7, 8, 1, 2, 0, 2),
           (3, 8, 23, 20, 7, 2, 3, 5), (4, 6, 16, 17, 3, 1, 0, 4), (4, 5, 5, 5, 3, 2, 0, 1), (2, 3, 28, 28, 3, 1, 3, 2),
           (70, 40, 4, 4, 3, 1, 1, 20), (9, 33, 1, 1, 1, 1, 0, 11), (4, 3, 2, 10, 3, 2, 1, 1)]
+
+
+@contextlib.contextmanager
+def skipping(choice):
+    """Zeros are skipped "on", "off" or "auto"."""
+    before = views.skip_zeros.set(choice)
+    try:
+        yield
+    finally:
+        views.skip_zeros.reset(before)
 
 
 def close(actual, wanted, tolerance=2e-6):
@@ -120,11 +136,11 @@ def ticket(model, norm, size, density=.3, width=8):
     """A small network with random affine parameters, masked at random, and the mask."""
     torch.manual_seed(0)
     shape = dict(channels=3, image_size=size, num_classes=10)
-    network = common.build_network(dict(model=model, norm=norm, width=width) | shape)
+    network = build_network(dict(model=model, norm=norm, width=width) | shape)
     for p in network.parameters():
         p.data += .2 * torch.randn(p.shape) * (p.dim() == 1)
-    mask = {name: torch.rand(weight.shape) < density for name, weight in common.prunable(network).items()}
-    common.apply_mask(network, mask)
+    mask = {name: torch.rand(weight.shape) < density for name, weight in prunable(network).items()}
+    apply_mask(network, mask)
     return network, mask
 
 
@@ -146,17 +162,17 @@ def test_network_gradients_and_statistics_are_the_dense_ones(model, norm, size, 
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("model, norm, dense", [("convnet3", "instance", 1), ("convnet3", "batch", 2),
+@pytest.mark.parametrize("model, norm, begins", [("convnet3", "instance", 1), ("convnet3", "batch", 2),
                                                 ("resnet10", "batch", 1), ("resnet10", "batch", 3)])
-def test_networks_that_begin_dense(monkeypatch, model, norm, dense, training):
+def test_networks_that_begin_dense(monkeypatch, model, norm, begins, training):
     network, mask = ticket(model, norm, 16, width=16)
-    monkeypatch.setattr(ops, "first_sparse_part", lambda *_: dense)
+    monkeypatch.setattr(views, "first_sparse_block", lambda *_: begins)
     torch.manual_seed(1)  # draws no ReLU's argument within rounding of 0, where gradients jump
     images, labels = torch.randn(5, 3, 16, 16), torch.randint(0, 10, (5,))
     exact, results = copy.deepcopy(network).double().train(training), []
-    view = ops.fused(network.train(training), mask)
-    assert len(view.dense) == dense and len(view.parts) > dense
-    for owner, function, data in (network, view, images), (exact, exact, images.double()):
+    fast = view(network.train(training), mask)
+    assert len(fast.dense) == begins and len(fast.parts) > begins
+    for owner, function, data in (network, fast, images), (exact, exact, images.double()):
         logits = function(data)
         weights = {name: owner.get_parameter(name) for name in mask}
         grads = torch.autograd.grad(F.cross_entropy(logits, labels), weights.values())
@@ -164,15 +180,15 @@ def test_networks_that_begin_dense(monkeypatch, model, norm, dense, training):
     for one, other in zip(*results):
         close(one, other, 1e-4)
     with torch.no_grad():
-        close(ops.fused(network.eval(), mask)(images), exact.eval()(images.double()), 1e-5)
+        close(view(network.eval(), mask)(images), exact.eval()(images.double()), 1e-5)
 
 
 def test_the_dense_part_ends_where_sparse_layers_pay():
-    network = common.build_network(dict(model="resnet10", width=8, channels=3, image_size=32, num_classes=10))
+    network = build_network(dict(model="resnet10", width=8, channels=3, image_size=32, num_classes=10))
     for densities, start in ([.9, .9, .9, .9, .9], 5), ([.1, .1, .1, .1, .1], 0), ([.9, .5, .1, .05, .01], 2):
         mask = {name: torch.rand(weight.shape) < densities[0 if name.startswith("conv1") else int(name[5])]
-                for name, weight in common.prunable(network).items() if name != "linear.weight"}
-        assert sparse.first_sparse_part(network, mask) == start
+                for name, weight in prunable(network).items() if name != "linear.weight"}
+        assert sparse.first_sparse_block(network, mask) == start
 
 
 @pytest.mark.parametrize("model, norm", [("convnet3", "instance"), ("resnet10", "batch")])
@@ -192,27 +208,32 @@ def test_bits_do_not_depend_on_threads(model, norm):
 
 def test_auto_stays_dense_where_little_is_pruned():
     network, mask = ticket("convnet3", "instance", 32, density=.8)
-    assert isinstance(ops.fused(network, mask), ops.Fused)
-    assert isinstance(ops.fused(network, mask, "on"), sparse.SparseNetwork)
+    assert isinstance(view(network, mask), dense.Fused)
+    with skipping("on"):
+        assert isinstance(view(network, mask), sparse.SparseNetwork)
     network, mask = ticket("convnet3", "instance", 32, density=.1)
-    assert isinstance(ops.fused(network, mask), sparse.SparseNetwork)
-    assert isinstance(ops.fused(network, mask, "off"), ops.Fused)
-    assert ops.path(network, mask) == "sparse" and ops.path(network, mask, "off") == ops.path(network) == "dense"
-    assert isinstance(ops.fused(network.double(), mask), ops.Fused)
+    assert isinstance(view(network, mask), sparse.SparseNetwork) and views.path(network, mask) == "sparse"
+    assert isinstance(view(network, mask, skip=False), dense.Fused) and views.path(network) == "dense"
+    with skipping("off"):
+        assert isinstance(view(network, mask), dense.Fused) and views.path(network, mask) == "dense"
+    assert isinstance(view(network.double(), mask), dense.Fused)
 
 
 @pytest.mark.parametrize("model, norm", [("convnet3", "instance"), ("resnet10", "batch")])
 def test_training_follows_the_dense_path(model, norm):
     torch.manual_seed(0)
-    split = common.Split(torch.randn(96, 3, 32, 32), torch.randint(0, 10, (96,)))
+    split = Split(torch.randn(96, 3, 32, 32), torch.randint(0, 10, (96,)))
     states = {}
     for choice in ("on", "off"):
         network, mask = ticket(model, norm, 32)
-        recipe = common.Recipe(2, batch_size=32, sparse=choice)
-        trained = common.train(network, split, recipe, common.random_stream(0), mask)
+        with skipping(choice):
+            trained = train(network, split, Recipe(2, batch_size=32), random_stream(0), mask)
         assert all((network.get_parameter(name)[~kept] == 0).all() for name, kept in mask.items())
         states[choice] = network.state_dict()
-        scores = [common.evaluate(network, split, sparse=other) for other in ("on", "off")]
+        scores = []
+        for other in ("on", "off"):
+            with skipping(other):
+                scores.append(evaluate(network, split))
         assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-5)
         states[choice]["loss"] = torch.tensor(trained.loss)
     for name, value in states["on"].items():
@@ -223,9 +244,13 @@ def test_points_of_weight_space():
     network, mask = ticket("convnet3", "instance", 32)
     state = {name: value.clone() for name, value in network.state_dict().items()}
     other = {name: value * .9 for name, value in state.items()}
-    split = common.Split(torch.randn(70, 3, 32, 32), torch.randint(0, 10, (70,)))
+    split = Split(torch.randn(70, 3, 32, 32), torch.randint(0, 10, (70,)))
     arguments = network, [state, other], [(1., 0.), (.5, .5), (0., 1.)], [split], mask
-    for (on,), (off,) in zip(*(common.evaluate_points(*arguments, sparse=choice) for choice in ("on", "off"))):
+    scores = []
+    for choice in ("on", "off"):
+        with skipping(choice):
+            scores.append(evaluate_points(*arguments))
+    for (on,), (off,) in zip(*scores):
         assert on.loss == pytest.approx(off.loss, rel=1e-5) and on.accuracy == off.accuracy
 
 
