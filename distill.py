@@ -34,10 +34,16 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import common
-import ranks
-import splits
-from common import UserError, at_least, positive, random_stream, within
+from common import cli, files, ranks
+from common.augment import draw_dsa, dsa
+from common.cli import at_least, positive, within
+from common.data import Dataset, load_real
+from common.distilled import decode_tiles, load_distilled
+from common.errors import UserError
+from common.evaluation import evaluate
+from common.networks import BasicBlock, build_network
+from common.streams import random_stream
+from common.training import Training, recipe_of, train, train_with_bar
 
 SETTINGS = {  # of the methods; idc: Kim et al.'s for CIFAR
     "select": dict(outer=0, inner=1),
@@ -56,25 +62,36 @@ DEFAULTS = dict(model="convnet3", width=None, norm="instance", real_images=64, s
 
 
 def encode_tiles(images, factor):
-    """images [ipc * factor**2, C, H, W] of one class, made small, as the tiles of [ipc, C, H, W]. In the order of
-    splits.decode_tiles, whose inverse this is up to the loss of resolution."""
+    """images [ipc * factor**2, C, H, W] of one class, made small, as the tiles of [ipc, C, H, W].
+
+    In the order of decode_tiles, whose inverse this is up to the loss of resolution.
+    """
     size = images.shape[-1]
-    tile = math.ceil(size / factor)
-    tiles = F.interpolate(images, size=(tile, tile), mode="bilinear", antialias=True, align_corners=False)
-    canvas = tiles.unflatten(0, (factor, factor, -1)).permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)
+    side = math.ceil(size / factor)
+    tiles = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    tiles = tiles.unflatten(0, (factor, factor, -1))  # [row, column, ipc, C, side, side]
+    canvas = tiles.permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)
     return canvas[:, :, :size, :size].clamp(0, 1)
+
+
+def decode(images, real, factor):
+    """What a network sees of the stored images [ipc, C, H, W] of one class: [ipc * factor**2, C, H, W], normalised."""
+    mean, std = (images.new_tensor(v).view(-1, 1, 1) for v in (real.mean, real.std))
+    tiles, _ = decode_tiles(images, torch.zeros(len(images), dtype=torch.long), factor)
+    return (tiles - mean) / std
 
 
 def class_members(real, config):
     """Indices of the real images of every class. Raises UserError when a class has too few."""
+    ipc, factor, size = config["ipc"], config["factor"], config["image_size"]
+    if factor > size:
+        raise UserError(f"--factor {factor} cuts images of {size} pixels into tiles of less than one")
     members = [(real.labels == label).nonzero().squeeze(1) for label in range(config["num_classes"])]
-    label, fewest = min(enumerate(map(len, members)), key=lambda pair: pair[1])
-    ipc, factor = config["ipc"], config["factor"]
-    if factor > config["image_size"]:
-        raise UserError(f"--factor {factor} cuts images of {config['image_size']} pixels into tiles of less than one")
-    if fewest < ipc * factor ** 2:
-        raise UserError(f"class {label} has {fewest} training images; --ipc {ipc} --factor {factor} starts from "
-                        f"{ipc * factor ** 2}")
+    needed = ipc * factor ** 2
+    for label, own in enumerate(members):
+        if len(own) < needed:
+            raise UserError(f"class {label} has {len(own)} training images; --ipc {ipc} --factor {factor} starts from "
+                            f"{needed}")
     return members
 
 
@@ -84,16 +101,16 @@ def select(real, members, config):
     A network trained for one epoch tells which half of a class it is surest of (images that look like their class, Sun
     et al. 2024), and herding takes from that half.
     """
-    stream, count = random_stream(config["seed"], "select"), config["ipc"] * config["factor"] ** 2
+    count = config["ipc"] * config["factor"] ** 2
     network = draw_network(config, config["seed"], real.images.device)
-    train_network(network, real, config, stream)
-    embed, linear = embedding(network)
+    train_network(network, real, config, random_stream(config["seed"], "select"))
+    embed, classify = embedding_and_classifier(network)
     images = torch.zeros(len(members), config["ipc"], *real.images.shape[1:], device=real.images.device)
     for label in ranks.share(range(len(members)), "selecting"):
         own = members[label]
         with torch.no_grad():
             embeddings = torch.cat([embed(real.batch(index)[0]) for index in own.split(250)])
-            certainty = linear(embeddings).log_softmax(1)[:, label]
+            certainty = classify(embeddings).log_softmax(1)[:, label]
         surest = certainty.topk(max(count, len(own) // 2)).indices
         chosen = own[surest[herd(embeddings[surest], count)]]
         images[label] = encode_tiles(real.images[chosen].float() / 255, config["factor"])
@@ -103,20 +120,15 @@ def select(real, members, config):
 def herd(embeddings, count):
     """Indices of `count` of the embeddings [N, D] whose mean direction stays closest to that of all (Welling 2009)."""
     embeddings = F.normalize(embeddings)
-    mean, total = embeddings.mean(0), 0.
-    taken = embeddings.new_zeros(len(embeddings))
+    mean = embeddings.mean(0)
+    total = torch.zeros_like(mean)  # of those chosen
+    chosen = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
     for n in range(1, count + 1):
-        best = int((embeddings @ (n * mean - total) + taken).argmax())
-        total = total + embeddings[best]
-        taken[best] = -math.inf
-    return taken.isinf().nonzero().squeeze(1)
-
-
-def decode(images, real, factor):
-    """What a network sees of the stored images [ipc, C, H, W] of one class: [ipc * factor**2, C, H, W], normalised."""
-    mean, std = (images.new_tensor(v).view(-1, 1, 1) for v in (real.mean, real.std))
-    tiles, _ = splits.decode_tiles(images, torch.zeros(len(images), dtype=torch.long), factor)
-    return (tiles - mean) / std
+        closeness = embeddings @ (n * mean - total)
+        best = int(closeness.masked_fill(chosen, -math.inf).argmax())
+        total += embeddings[best]
+        chosen[best] = True
+    return chosen.nonzero().squeeze(1)
 
 
 #############################################
@@ -127,33 +139,35 @@ def decode(images, real, factor):
 def draw_network(config, seed, device):
     """A network at initialisation. `resnet10ap` is IDC's: resnet10 with average pooling."""
     model = config["model"].removesuffix("ap")
-    network = common.build_network(config | {"model": model}, seed).to(device)
-    return average_pooled(network) if model != config["model"] else network
+    network = build_network(config | {"model": model}, seed).to(device)
+    return network if model == config["model"] else average_pooled(network)
 
 
 def average_pooled(network):
     """Turn the strides and the max pooling of a ResNet into average pooling (Kim et al. 2022, ResNetAP)."""
     if network.conv1.stride == (2, 2):
-        network.conv1.stride, network.pool1 = (1, 1), nn.AvgPool2d(4)
+        network.conv1.stride = (1, 1)
+        network.pool1 = nn.AvgPool2d(4)
     for block in network.modules():
-        if isinstance(block, common.BasicBlock) and block.conv1.stride == (2, 2):
-            block.conv1.stride = block.shortcut.conv.stride = (1, 1)
+        if isinstance(block, BasicBlock) and block.conv1.stride == (2, 2):
+            block.conv1.stride = (1, 1)
             block.relu1 = nn.Sequential(block.relu1, nn.AvgPool2d(2))
-            block.shortcut = nn.Sequential(block.shortcut.conv, nn.AvgPool2d(2), block.shortcut.norm)
+            conv, norm = block.shortcut.conv, block.shortcut.norm
+            conv.stride = (1, 1)
+            block.shortcut = nn.Sequential(conv, nn.AvgPool2d(2), norm)
     return network
 
 
-def embedding(network):
+def embedding_and_classifier(network):
     """(all layers but the last, the last one), sharing the network's weights."""
-    *layers, linear = network.children()
-    return nn.Sequential(*layers), linear
+    *layers, classifier = network.children()
+    return nn.Sequential(*layers), classifier
 
 
 def train_network(network, split, config, stream, epochs=1, momenta=None):
     """Train on `split` at the constant learning rate that a schedule three times as long begins with; the momenta."""
-    recipe = common.recipe_of(config, 3 * epochs)
-    with ranks.alone():  # every rank has the same network and trains it in the same way
-        return common.train(network, split, recipe, stream, span=(0, epochs), momenta=momenta).momenta
+    recipe = recipe_of(config, 3 * epochs)
+    return train(network, split, recipe, stream, until=epochs, training=Training(momenta=momenta)).momenta
 
 
 #############################################
@@ -166,27 +180,29 @@ def gradient_distance(network, real, synthetic, label, metric="mse"):
 
     Over the weights of the convolutions, as in their code; `metric` mse sums squared differences, l1 absolute ones.
     """
-    weights = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)]
+    weights = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
 
     def gradient(images, create_graph=False):
-        loss = F.cross_entropy(network(images), torch.full((len(images),), label, device=images.device))
-        return torch.autograd.grad(loss, weights, create_graph=create_graph)
+        labels = torch.full((len(images),), label, device=images.device)
+        return torch.autograd.grad(F.cross_entropy(network(images), labels), weights, create_graph=create_graph)
 
     differences = torch._foreach_sub(gradient(synthetic, create_graph=True), gradient(real))
-    return sum(d.square().sum() if metric == "mse" else d.abs().sum() for d in differences)
+    if metric == "l1":
+        return sum(difference.abs().sum() for difference in differences)
+    return sum(difference.square().sum() for difference in differences)
 
 
 def embedding_distance(network, real, synthetic, label, cross_entropy=0.):
     """Squared distance of the mean embeddings of two batches of one class (Zhao & Bilen 2023, Eq. 5), and
     `cross_entropy` times the loss of the network on the synthetic one (Zhao et al. 2023, Eq. 8)."""
-    embed, linear = embedding(network)
+    embed, classify = embedding_and_classifier(network)
     with torch.no_grad():
         goal = embed(real).mean(0)
     embeddings = embed(synthetic)
     distance = (embeddings.mean(0) - goal).square().sum()
     if cross_entropy:
         labels = torch.full((len(synthetic),), label, device=synthetic.device)
-        distance = distance + cross_entropy * F.cross_entropy(linear(embeddings), labels)
+        distance = distance + cross_entropy * F.cross_entropy(classify(embeddings), labels)
     return distance
 
 
@@ -196,17 +212,17 @@ def match(network, images, real, members, config, stream):
     The batches of a class share one draw of the augmentation (Zhao & Bilen 2021). Of several ranks each matches its
     own classes, after all draws of all classes.
     """
-    rank, size, *_ = ranks.together.get()
+    group = ranks.current()
     losses = torch.zeros(len(members), dtype=torch.float64)
     for label, own in enumerate(members):
         chosen = own[torch.randint(len(own), (config["real_images"],), generator=stream)]
         shuffled = torch.randperm(len(images[label]) * config["factor"] ** 2, generator=stream)
-        draw = common.draw_dsa(stream, config["flip"])
-        if label % size != rank:
+        draw = draw_dsa(stream, config["flip"])
+        if label % group.size != group.rank:
             continue
         batch, _ = real.batch(chosen)
         synthetic = decode(images[label], real, config["factor"])[shuffled[:config["synthetic_images"]]]
-        pair = common.dsa(batch, draw), common.dsa(synthetic, draw)
+        pair = dsa(batch, draw), dsa(synthetic, draw)
         if config["method"] == "idc":
             loss = gradient_distance(network, *pair, label, config["metric"])
         else:
@@ -239,32 +255,34 @@ class Run:
 def begin(real, members, config, saved=None):
     """A run at its first iteration, or at the checkpoint `saved`.
 
-    The step of the images grows with their number, as each has that much less of the mean to answer for.
+    The learning rate of the images grows with their number, as each has that much less of the mean to answer for.
     """
-    images = (saved["images"] if saved else select(real, members, config)).requires_grad_()
+    images = saved["images"] if saved else select(real, members, config)
+    images.requires_grad_()
     run = Run(images, torch.optim.SGD([images], lr=config["image_lr"] * config["ipc"] / 10, momentum=.5))
     if saved:
         run.optimizer.load_state_dict(saved["optimizer"])
         run.losses, run.minutes, run.momenta = saved["losses"], saved["minutes"], saved["momenta"]
-    if saved and saved["network"]:
-        run.network = draw_network(config, 0, images.device)
-        run.network.load_state_dict(saved["network"])
+        if saved["network"]:
+            run.network = draw_network(config, 0, images.device)
+            run.network.load_state_dict(saved["network"])
     return run
 
 
-def step(run, real, members, config):
-    """One iteration: a new network every `inner` iterations, the images a step closer, the network a step further."""
-    iteration = len(run.losses)
-    stream = random_stream(config["seed"], "iteration", iteration)
-    if iteration % config["inner"] == 0:
-        seed = config["seed"] * 1_000_003 + iteration // config["inner"]
-        run.network, run.momenta = draw_network(config, seed, run.images.device), None
+def iterate(run, real, members, config):
+    """One iteration: a new network every `inner` of them, the images a step closer, the network a step further."""
+    number = len(run.losses)
+    stream = random_stream(config["seed"], "iteration", number)
+    if number % config["inner"] == 0:
+        seed = config["seed"] * 1_000_003 + number // config["inner"]
+        run.network = draw_network(config, seed, run.images.device)
+        run.momenta = None
         if config["pretrain"]:
             run.momenta = train_network(run.network, real, config, stream, config["pretrain"])
     run.optimizer.zero_grad()
     loss = match(run.network, run.images, real, members, config, stream)
     if not (math.isfinite(loss) and run.images.grad.isfinite().all()):
-        raise UserError(f"the matching loss became {loss} at iteration {iteration}; the set before it is kept; "
+        raise UserError(f"the matching loss became {loss} at iteration {number}; the set before it is kept; "
                         f"try a lower --image-lr than {config['image_lr']:g}")
     run.optimizer.step()
     run.images.data.clamp_(0, 1)
@@ -282,22 +300,22 @@ def distill(real, config, out, budget=math.inf):
     """
     members = class_members(real, config)
     run = begin(real, members, config, load_checkpoint(out, config, real.images.device))
-    total, start, saved = config["outer"] * config["inner"], time.monotonic() - 60 * run.minutes, time.monotonic()
-    bar = tqdm(total=total, initial=len(run.losses), desc=config["method"], disable=None)
-    while len(run.losses) < total and run.minutes < budget:
-        try:
-            step(run, real, members, config)
-        except UserError:
-            save_run(run, out, config)
-            raise
-        run.minutes = float(ranks.first_says((time.monotonic() - start) / 60))
-        bar.total = int(min(total, len(run.losses) * budget / run.minutes))  # what will be done, for the time left
-        bar.set_postfix(loss=f"{run.losses[-1]:.4g}", refresh=False)
-        bar.update()
-        if time.monotonic() - saved > 60:
-            save_run(run, out, config)
-            saved = time.monotonic()
-    bar.close()
+    total = config["outer"] * config["inner"]
+    started = time.monotonic() - 60 * run.minutes
+    autosave = files.Autosave(seconds=60)
+    with tqdm(total=total, initial=len(run.losses), desc=config["method"], disable=None) as bar:
+        while len(run.losses) < total and run.minutes < budget:
+            try:
+                iterate(run, real, members, config)
+            except UserError:
+                save_run(run, out, config)
+                raise
+            run.minutes = float(ranks.first_says((time.monotonic() - started) / 60))
+            bar.total = int(min(total, len(run.losses) * budget / run.minutes))  # what will be done, for the time left
+            bar.set_postfix(loss=f"{run.losses[-1]:.4g}", refresh=False)
+            bar.update()
+            if autosave.due():
+                save_run(run, out, config)
     save_run(run, out, config)
     return run
 
@@ -320,56 +338,54 @@ def save_run(run, out, config):
     """The set as data.pt and sheet.png, both 8 bits deep, and checkpoint.pt to go on from."""
     images = run.images.detach().cpu()
     labels = torch.arange(len(images)).repeat_interleave(config["ipc"])
-    common.save(out / "data.pt", [(images * 255).round().div(255).flatten(0, 1), labels])
-    common.write_atomically(out / "sheet.png", contact_sheet(images))
-    common.save(out / "checkpoint.pt", {
+    files.save(out / "data.pt", [(images * 255).round().div(255).flatten(0, 1), labels])
+    files.write_atomically(out / "sheet.png", contact_sheet(images))
+    files.save(out / "checkpoint.pt", {
         "config": config, "images": images, "optimizer": run.optimizer.state_dict(), "momenta": run.momenta,
         "network": run.network.state_dict() if run.network else None, "losses": run.losses, "minutes": run.minutes})
 
 
 def load_checkpoint(out, config, device):
     """What save_run left in `out`, or None. Raises UserError when it is of another run, --outer apart."""
-    if not (out / "checkpoint.pt").exists():
+    path = out / "checkpoint.pt"
+    if not path.exists():
         return None
-    saved = common.load(out / "checkpoint.pt", device)
-    differing = [key for key, value in config.items() if key != "outer" and saved["config"].get(key) != value]
-    if differing:
-        raise UserError(f"{out} holds a run with another {', '.join(differing)}; give another --out")
+    saved = files.load(path, device)
+    different = files.difference(saved["config"], config, ignored=["outer"])
+    if different:
+        raise UserError(f"{out} holds a run with another {different}; give another --out")
     return saved
 
 
 #############################################
-#                Evaluation                 #
+#             Measuring a set               #
 #############################################
 
 
-def evaluate(distilled, test, config, recipe, repeats):
-    """Test accuracies of `repeats` networks trained from scratch on a distilled split: the measure of such a set."""
-    accuracies = torch.zeros(repeats, dtype=torch.float64)
-    shared = ranks.together.get().size > 1
-    bar = tqdm(total=repeats * recipe.epochs, desc="evaluating", disable=shared or None)
-
-    def progress(*_):
-        bar.update()
-        ranks.together.get().step()
-
-    for repeat in ranks.share(range(repeats), "evaluating", recipe.epochs):
-        network = draw_network(config, repeat, distilled.images.device)
-        common.train(network, distilled, recipe, random_stream(repeat, "evaluate"), progress=progress)
-        accuracies[repeat] = common.evaluate(network, test).accuracy
-    bar.close()
-    return ranks.sum_over_ranks_(accuracies).tolist()
-
-
-def report(path, accuracies, distilled, config, recipe):
-    """Print the row of a distilled set and return what config.json keeps of it."""
+def measure(path, real, test, config, args):
+    """Print the row of the distilled set in `path` and return what config.json keeps of it."""
+    dataset = Dataset(config["channels"], config["image_size"], config["num_classes"], real.mean, real.std)
+    distilled = load_distilled(path, dataset, args.ipc, args.factor, test.images.device)
+    affordable = 1000 if test.images.device.type == "cuda" else max(1, 60_000 // len(distilled))
+    recipe = recipe_of(config, args.epochs or min(1000, affordable))
+    accuracies = accuracies_on(distilled, test, config | {"width": args.eval_width}, recipe, args.repeats)
     mean = statistics.mean(accuracies)
     std = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.
-    network = f"{config['model']}, width {config['width'] or 'full'}"
+    network = f"{config['model']}, width {args.eval_width or 'full'}"
     print(f"{'set':<40} {'images':>7} {'network':<22} {'epochs':>6}  test accuracy")
     print(f"{str(path):<40} {len(distilled):>7} {network:<22} {recipe.epochs:>6}  "
           f"{100 * mean:.2f} +- {100 * std:.2f}% of {len(accuracies)}")
     return {"mean": mean, "std": std, "values": accuracies, "network": network, **recipe._asdict()}
+
+
+def accuracies_on(distilled, test, config, recipe, repeats):
+    """Test accuracies of `repeats` networks trained from scratch on a distilled split: the measure of such a set."""
+    accuracies = torch.zeros(repeats, dtype=torch.float64)
+    for repeat in ranks.share(range(repeats), "evaluating"):
+        network = draw_network(config, repeat, distilled.images.device)
+        train_with_bar(f"network {repeat}", network, distilled, recipe, random_stream(repeat, "evaluate"))
+        accuracies[repeat] = evaluate(network, test).accuracy
+    return ranks.sum_over_ranks_(accuracies).tolist()
 
 
 #############################################
@@ -377,15 +393,8 @@ def report(path, accuracies, distilled, config, recipe):
 #############################################
 
 
-def settings(args, image_size):
-    """The settings of the method on images of this size, and the flags given over them."""
-    published = IDC_IMAGENET if args.method == "idc" and image_size > 64 else SETTINGS[args.method]
-    config = DEFAULTS | published
-    return config | {key: getattr(args, key) for key in config if getattr(args, key) is not None}
-
-
-def main():
-    parser = common.Parser(__doc__)
+def parsed_arguments():
+    parser = cli.Parser(__doc__)
     flag = parser.add_argument
     flag("--dataset", default="cifar10", help="name or folder, as in prune.py (cifar10)")
     flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
@@ -393,9 +402,15 @@ def main():
     flag("--factor", type=positive, help="tiles along a side of a stored image (2; digits 1, imagenet10 3)")
     flag("--method", choices=SETTINGS, help="(idc with CUDA, else dm)")
     flag("--seed", type=int, default=0)
-    flag("--out", type=common.folder, help="folder (distilled/<dataset>_ipc<ipc>)")
+    flag("--out", type=cli.folder, help="folder (distilled/<dataset>_ipc<ipc>)")
     flag("--budget", type=within(0), default=math.inf, metavar="MINUTES", help="stop then, keeping the set so far")
     flag("--device", help="(cuda when there is one, else cpu)")
+    method_flags(parser)
+    measure_flags(parser)
+    return parser.parse_args()
+
+
+def method_flags(parser):
     flag = parser.add_argument_group("settings of the method", "the defaults are the method's; idc: those of its paper "
                                      "for CIFAR, and for ImageNet-10 on images above 64 pixels").add_argument
     flag("--outer", type=positive, help="networks matched in, one after the other")
@@ -404,49 +419,55 @@ def main():
     flag("--metric", choices=("mse", "l1"), help="between gradients (idc)")
     flag("--cross-entropy", type=within(0), help="weight of the loss on synthetic images (idm)")
     flag("--real-images", type=positive, help="real images of a class matched in an iteration (64)")
-    flag("--synthetic-images", type=positive,
-         help="decoded images of a class matched in an iteration, at most (dm, idm: 64; idc: 128)")
+    flag("--synthetic-images", type=positive, help="decoded images matched likewise, at most (dm, idm: 64; idc: 128)")
     flag("--network-images", type=at_least(0), help="real images the network is trained on after every iteration")
     flag("--pretrain", type=at_least(0), help="epochs of training on real data before the first iteration")
     flag("--model", help="network: convnet3, resnet10, resnet18, or resnet10ap with IDC's average pooling")
     flag("--width", type=positive, help="its channels in the first layer (idc: full; dm, idm: 32)")
     flag("--norm", choices=("instance", "batch", "none"), help="its normalisation (instance)")
+
+
+def measure_flags(parser):
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--evaluate", type=Path, metavar="PATH", help="only measure this set: any format prune.py --distilled reads")
-    flag("--repeats", type=at_least(0), default=2,
-         help="networks trained from scratch on the set; 0: do not measure (2)")
+    flag("--repeats", type=at_least(0), default=2, help="networks trained from scratch on the set; 0: none (2)")
     flag("--epochs", type=positive, help="of their training (1000; on a CPU what sees 60,000 images, at most 1000)")
     flag("--eval-width", type=positive, help="their channels in the first layer (full)")
-    args = parser.parse_args()
 
-    device = common.choose_device(args.device)
+
+def settings(args, image_size):
+    """The settings of the method on images of this size, and the flags given over them."""
+    large = image_size > 64
+    published = IDC_IMAGENET if args.method == "idc" and large else SETTINGS[args.method]
+    config = DEFAULTS | published
+    config |= {key: value for key, value in vars(args).items() if key in config and value is not None}
+    augmentation = {"augment": "imagenet", "cutmix": 1.} if large else {"augment": "dsa", "cutmix": .5}
+    factor = args.factor or {"digits": 1, "imagenet10": 3}.get(args.dataset, 2)
+    return config | augmentation | {"factor": factor}
+
+
+def main():
+    args = parsed_arguments()
+    if args.evaluate and not args.repeats:
+        raise UserError("--evaluate with --repeats 0 has nothing to do")
+    device = cli.start(args)
     args.method = args.method or ("idc" if device.type == "cuda" else "dm")
     config = {"dataset": args.dataset, "ipc": args.ipc, "method": args.method, "seed": args.seed}
-    real, test = splits.load_real(config, args.data_dir, device)
-    large = config["image_size"] > 64
-    config |= {"augment": "imagenet", "cutmix": 1.} if large else {"augment": "dsa", "cutmix": .5}
+    real, test = load_real(config, args.data_dir, device)
     config |= settings(args, config["image_size"])
-    path = args.evaluate
-    if not path:
-        config["factor"] = args.factor or {"digits": 1, "imagenet10": 3}.get(args.dataset, 2)
-        out = args.out or Path("distilled") / f"{Path(args.dataset).name}_ipc{args.ipc}"
-        run = distill(real, config, out, args.budget)
-        path = out / "data.pt"
-        result = config | {"command": shlex.join(["python", *sys.argv]), "iterations": len(run.losses),
-                           "minutes": round(run.minutes, 1)}
-        common.save(out / "config.json", result)
-        ranks.wait()
-    if not args.repeats:
+    if args.evaluate:
+        measure(args.evaluate, real, test, config, args)
         return
-    dataset = splits.Dataset(*(config[key] for key in ("channels", "image_size", "num_classes")), real.mean, real.std)
-    distilled = splits.load_distilled(path, dataset, args.ipc, args.factor, device)
-    epochs = args.epochs or (1000 if device.type == "cuda" else min(1000, max(1, 60_000 // len(distilled))))
-    recipe = common.recipe_of(config, epochs)
-    config["width"] = args.eval_width
-    accuracy = report(path, evaluate(distilled, test, config, recipe, args.repeats), distilled, config, recipe)
-    if not args.evaluate:
-        common.save(out / "config.json", result | {"accuracy": accuracy})
+    out = args.out or Path("distilled") / f"{Path(args.dataset).name}_ipc{args.ipc}"
+    run = distill(real, config, out, args.budget)
+    result = config | {"command": shlex.join(["python", *sys.argv]), "iterations": len(run.losses),
+                       "minutes": round(run.minutes, 1)}
+    files.save(out / "config.json", result)
+    ranks.wait()  # for the first one's files
+    if args.repeats:
+        accuracy = measure(out / "data.pt", real, test, config, args)
+        files.save(out / "config.json", result | {"accuracy": accuracy})
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)
