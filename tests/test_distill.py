@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
-import splits
 import distill
-from common import UserError, random_stream
-from splits import DATASETS
+from common import files
+from common.data import DATASETS, Split, load_real
+from common.distilled import decode_tiles, load_distilled
+from common.errors import UserError
+from common.streams import random_stream
 
 DIGITS = {"dataset": "digits", "ipc": 2, "factor": 2, "seed": 3, "augment": "dsa", "cutmix": .5}
 
@@ -18,7 +19,7 @@ DIGITS = {"dataset": "digits", "ipc": 2, "factor": 2, "seed": 3, "augment": "dsa
 def digits(method, **changes):
     """(training split, config) of a small run."""
     config = DIGITS | distill.DEFAULTS | distill.SETTINGS[method] | {"method": method}
-    real, _ = splits.load_real(config, "data")
+    real, _ = load_real(config, "data")
     small = {"width": 8, "outer": 2, "inner": 3, "real_images": 8, "network_images": min(64, config["network_images"])}
     return real, config | small | changes
 
@@ -26,7 +27,7 @@ def digits(method, **changes):
 def train_steps(run, real, config, count):
     members = distill.class_members(real, config)
     for _ in range(count):
-        distill.step(run, real, members, config)
+        distill.iterate(run, real, members, config)
     return run
 
 
@@ -42,7 +43,7 @@ def test_decoding_gives_back_what_was_encoded(size, factor):
     colours = torch.rand(2 * factor ** 2, 3, 1, 1, generator=random_stream(0)).expand(-1, -1, size, size)
     stored = distill.encode_tiles(colours, factor)
     assert stored.shape == (2, 3, size, size)
-    decoded, _ = splits.decode_tiles(stored, torch.zeros(2, dtype=torch.long), factor)
+    decoded, _ = decode_tiles(stored, torch.zeros(2, dtype=torch.long), factor)
     if size % factor == 0:  # else the last tiles end in padding
         torch.testing.assert_close(decoded, colours)
 
@@ -50,8 +51,8 @@ def test_decoding_gives_back_what_was_encoded(size, factor):
 def test_the_sheet_and_data_pt_hold_the_same_set(tmp_path):
     real, config = digits("select")
     distill.distill(real, config, tmp_path)
-    common.save(tmp_path / "config.json", config)
-    sheet, data = (splits.load_distilled(tmp_path / name, DATASETS["digits"], 2) for name in ("sheet.png", "data.pt"))
+    files.save(tmp_path / "config.json", config)
+    sheet, data = (load_distilled(tmp_path / name, DATASETS["digits"], 2) for name in ("sheet.png", "data.pt"))
     assert len(sheet) == 10 * 2 * 4
     torch.testing.assert_close(sheet.images, data.images, rtol=0, atol=1e-6)
     assert torch.equal(sheet.labels, data.labels)
@@ -60,12 +61,12 @@ def test_the_sheet_and_data_pt_hold_the_same_set(tmp_path):
 def test_one_channel_of_28_pixels_keeps_its_shape(tmp_path):
     real, config = digits("dm", channels=1, image_size=28, ipc=1, factor=3)
     images = F.interpolate(real.images[:200].float(), size=(28, 28)).byte()
-    distill.distill(common.Split(images, real.labels[:200], (.13,), (.31,)), config, tmp_path)
-    stored, labels = common.load(tmp_path / "data.pt")
+    distill.distill(Split(images, real.labels[:200], (.13,), (.31,)), config, tmp_path)
+    stored, labels = files.load(tmp_path / "data.pt")
     assert stored.shape == (10, 1, 28, 28) and labels.tolist() == list(range(10))
-    common.save(tmp_path / "config.json", config)
+    files.save(tmp_path / "config.json", config)
     for name in ("data.pt", "sheet.png"):
-        assert len(splits.load_distilled(tmp_path / name, DATASETS["mnist"], 1)) == 10 * 9
+        assert len(load_distilled(tmp_path / name, DATASETS["mnist"], 1)) == 10 * 9
 
 
 # ---------------------------------------------------------------- matching
@@ -167,7 +168,7 @@ def test_the_command_measures_what_it_made(script, tmp_path):
     made = script("distill.py", "--dataset", "digits", "--ipc", 1, "--budget", .02, "--epochs", 20, "--out", "set")
     assert made.returncode == 0, made.stderr
     assert {p.name for p in (tmp_path / "set").iterdir()} == {"data.pt", "sheet.png", "config.json", "checkpoint.pt"}
-    kept = common.load(tmp_path / "set" / "config.json")
+    kept = files.load(tmp_path / "set" / "config.json")
     assert "distill.py --dataset digits --ipc 1" in kept["command"]
     assert len(kept["accuracy"]["values"]) == 2 and kept["iterations"] > 0
     measured = script("distill.py", "--dataset", "digits", "--ipc", 1, "--evaluate", "set/sheet.png", "--epochs", 20)
