@@ -1,0 +1,22 @@
+"""Small networks, data and masks that several tests take."""
+import torch
+
+from common.data import Split
+from common.networks import prunable
+from common.streams import random_stream
+
+
+def config(model="convnet3", **changes):
+    return dict(model=model, channels=3, image_size=32, num_classes=10) | changes
+
+
+def blobs(n=60, size=8, classes=3, seed=0):
+    """A split of noisy constant images whose colour tells the class."""
+    labels = torch.arange(n) % classes
+    noise = torch.randn(n, 3, size, size, generator=random_stream(seed))
+    return Split(noise + labels.view(-1, 1, 1, 1) - 1., labels)
+
+
+def half_mask(model):
+    """The mask of a random half of the weights."""
+    return {name: torch.rand(weight.shape, generator=random_stream(9)) < .5 for name, weight in prunable(model).items()}
