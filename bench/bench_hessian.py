@@ -1,8 +1,8 @@
 """The exact Hessian diagonal against one backward pass a weight, the released code's way, side by side in one run.
 
-    python tests/bench_hessian.py                                    convnet3 of width 128, batch 64
-    python tests/bench_hessian.py --model resnet18
-    python tests/bench_hessian.py --width 32
+    python bench/bench_hessian.py                                    convnet3 of width 128, batch 64
+    python bench/bench_hessian.py --model resnet18
+    python bench/bench_hessian.py --width 32
 
 Prints seconds and peak memory of the whole diagonal, the seconds of --rows rows of the loop, extrapolated to all
 weights, and the ratio, in CPU time too, which counts on a busy machine; the rows are compared with the diagonal's
@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
-import hessian
+import hessian  # noqa: E402
+from common.networks import build_network  # noqa: E402
+from machine import describe, keep_freed_memory  # noqa: E402
 
 
 def clocks():
@@ -35,9 +36,10 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rows", type=int, default=200, help="weights that get a backward pass each (200)")
     args = parser.parse_args()
-    common.keep_freed_memory()
+    keep_freed_memory()
+    print(describe(same_malloc=True))
     config = dict(model=args.model, width=args.width, norm=None, channels=3, image_size=32, num_classes=10)
-    model = common.build_network(config).eval()
+    model = build_network(config).eval()
     images, labels = torch.randn(args.batch, 3, 32, 32), torch.arange(args.batch) % 10
 
     start = clocks()

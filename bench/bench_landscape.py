@@ -1,6 +1,6 @@
 """Sixteen points of a plane through four networks: landscape.py's evaluation against the released code's loop.
 
-    python tests/bench_landscape.py --images 1000
+    python bench/bench_landscape.py --images 1000
 
 The released loop is that of bench_stability.py: a fresh network, a deep copy and a pass over the data in batches of 64
 for each point, autograd on. The same points, the same images, in one run; the fastest of --repeats counts.

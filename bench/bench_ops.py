@@ -1,7 +1,7 @@
-"""The compiled ops against PyTorch, side by side in one run: python tests/bench_ops.py [--device cuda] [--images 200]
+"""The compiled ops against PyTorch, side by side in one run: python bench/bench_ops.py [--device cuda] [--images 200]
 
 Medians of interleaved repetitions; a ratio above 1 means the ops are faster. On a CPU eager PyTorch is measured twice:
-as it is, and with common.keep_freed_memory(), which the scripts switch on for everything and which helps it most.
+as it is, and with cli.keep_freed_memory(), which the scripts switch on for everything and which helps it most.
 On a GPU the bandwidth of the memory-bound kernels is printed, to hold against the bytes counted in csrc/kernels.
 """
 import argparse
@@ -15,8 +15,13 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-import ops  # noqa: E402
+from common.data import Split  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from common.evaluation import combine, evaluate_points  # noqa: E402
+from common.kernels import ops  # noqa: E402
+from common.kernels.views import view  # noqa: E402
+from common.networks import build_network, prunable  # noqa: E402
+from machine import describe, keep_freed_memory  # noqa: E402
 
 CONVNET3 = dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=128)
 RESNET18 = dict(model="resnet18", channels=3, image_size=32, num_classes=10)
@@ -43,7 +48,7 @@ def row(what, ours, other, target=None):
 
 
 def random_mask(model, kept=.5):
-    return {name: torch.rand_like(w) < kept for name, w in common.prunable(model).items()}
+    return {name: torch.rand_like(w) < kept for name, w in prunable(model).items()}
 
 
 #############################################
@@ -52,7 +57,7 @@ def random_mask(model, kept=.5):
 
 
 def bench_sgd(device):
-    model = common.build_network(RESNET18).to(device)
+    model = build_network(RESNET18).to(device)
     mask = random_mask(model)
     names, params = zip(*model.named_parameters())
     masks = [mask.get(name) for name in names]
@@ -99,10 +104,10 @@ def eager_point(model, state, images, labels):
 
 
 def bench_points(device, config, name, targets, count, repetitions=2):
-    states = [common.build_network(config, seed).to(device).state_dict() for seed in (0, 1)]
+    states = [build_network(config, seed).to(device).state_dict() for seed in (0, 1)]
     line = [(1 - a / 10, a / 10) for a in range(11)]
-    split = common.Split(torch.randn(count, 3, 32, 32, device=device), torch.randint(10, (count,), device=device))
-    model = common.build_network(config).to(device).eval()
+    split = Split(torch.randn(count, 3, 32, 32, device=device), torch.randint(10, (count,), device=device))
+    model = build_network(config).to(device).eval()
 
     def eager(layout):
         network = copy.deepcopy(model).to(memory_format=layout)
@@ -111,15 +116,15 @@ def bench_points(device, config, name, targets, count, repetitions=2):
         @torch.no_grad()
         def evaluate():
             for weights in line:
-                eager_point(network, common.combine(states, weights), images, split.labels)
+                eager_point(network, combine(states, weights), images, split.labels)
 
         return evaluate
 
     def released():
         for weights in line:
-            eager_point(copy.deepcopy(model), common.combine(states, weights), split.images, split.labels)
+            eager_point(copy.deepcopy(model), combine(states, weights), split.images, split.labels)
 
-    time = seconds({"ours": lambda: ops.evaluate_points(model, states, line, [split]),
+    time = seconds({"ours": lambda: evaluate_points(model, states, line, [split]),
                     "nchw": eager(torch.contiguous_format), "nhwc": eager(torch.channels_last), "released": released},
                    repetitions, device)
     eager_time = min(time["nchw"], time["nhwc"])
@@ -133,13 +138,13 @@ def bench_points(device, config, name, targets, count, repetitions=2):
 
 
 def bench_step(device, config, name, target, repetitions=9):
-    base = common.build_network(config).to(device)
+    base = build_network(config).to(device)
     mask = random_mask(base, 1.)
     images, labels = torch.randn(64, 3, 32, 32, device=device), torch.randint(10, (64,), device=device)
 
     def ours():
         model = copy.deepcopy(base)
-        network, (names, params) = ops.fused(model), zip(*model.named_parameters())
+        network, (names, params) = view(model), zip(*model.named_parameters())
         momenta, masks = [torch.zeros_like(p) for p in params], [mask.get(n) for n in names]
 
         def step():
@@ -212,14 +217,14 @@ def main():
     device = torch.device(args.device)
     torch.manual_seed(0)
     if not ops.load():
-        raise common.UserError("the extension is not built: python setup.py build_ext --inplace")
+        raise UserError("the extension is not built: python setup.py build_ext --inplace")
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    print(f"{torch.get_num_threads()} threads, {name}\n{'':<66} {'ops':>12} {'PyTorch':>12}")
+    print(f"{describe(same_malloc=False)}; {name}\n{'':<66} {'ops':>12} {'PyTorch':>12}")
     bench_sgd(device)
     for kept in (False, True) if device.type == "cpu" else (False,):
         if kept:
-            common.keep_freed_memory()
-            print("with common.keep_freed_memory() for both:")
+            keep_freed_memory()
+            print(describe(same_malloc=True))
         bench_points(device, CONVNET3, "convnet3 width 128", (2, 3), args.images)
         steps = bench_step(device, CONVNET3, "convnet3 width 128", 1.5)
         bench_step(device, RESNET18, "ResNet-18", None, repetitions=5)

@@ -1,6 +1,6 @@
 """One round of Distilled Pruning against the same round written as the paper's released code is.
 
-    python tests/bench_prune.py [--width 32] [--epochs 20] [--repeats 3]
+    python bench/bench_prune.py [--width 32] [--epochs 20] [--repeats 3]
 
 Their way: a DataLoader with per-sample transforms, torch.nn.utils.prune hooks that multiply weight and mask at every
 forward pass, torch.optim.SGD. Both train convnet3 on the same 400 images (10 a class, four tiles each) for the same
@@ -15,17 +15,19 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from machine import describe  # noqa: E402
 
 
 def ours(network, split, epochs):
-    import common
-    import prune
+    from common.masks import dense_mask, magnitude_mask
+    from common.networks import prunable
+    from common.streams import random_stream
+    from common.training import Recipe, train
 
-    mask = common.dense_mask(network)
-    common.train(network, split, common.Recipe(epochs), common.random_stream(0), mask)
-    return prune.magnitude_mask(common.prunable(network), mask, .2)
+    mask = dense_mask(network)
+    train(network, split, Recipe(epochs), random_stream(0), mask)
+    return magnitude_mask(prunable(network), mask, .2)
 
 
 def theirs(network, split, epochs):
@@ -61,15 +63,18 @@ def theirs(network, split, epochs):
 
 def round_of(way, width, epochs):
     """Seconds of one round and the process's peak memory in MiB."""
-    import common
-    import splits
+    from common.cli import keep_freed_memory
+    from common.data import DATASETS
+    from common.distilled import embedded_distilled, load_distilled
+    from common.networks import build_network
 
-    common.keep_freed_memory() if way == "ours" else None
-    split = splits.load_distilled(splits.embedded_distilled("cifar10", 10), splits.DATASETS["cifar10"], 10)
-    network = common.build_network(dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=width))
+    if way == "ours":
+        keep_freed_memory()
+    split = load_distilled(embedded_distilled("cifar10", 10), DATASETS["cifar10"], 10)
+    network = build_network(dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=width))
     {"ours": ours, "theirs": theirs}[way](network, split, 1)  # warm-up, compiles on first use
     began = time.perf_counter()
-    network = common.build_network(dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=width))
+    network = build_network(dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=width))
     {"ours": ours, "theirs": theirs}[way](network, split, epochs)
     print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
@@ -89,6 +94,7 @@ def main():
             command = [sys.executable, __file__, "--way", way, "--width", str(args.width), "--epochs", str(args.epochs)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             measured[way].append([float(value) for value in output.split()])
+    print(describe(same_malloc=False))
     print(f"convnet3 width {args.width}, {args.epochs} epochs of 400 images, medians of {args.repeats}")
     medians = {way: [statistics.median(column) for column in zip(*runs)] for way, runs in measured.items()}
     for way, (seconds, memory) in medians.items():

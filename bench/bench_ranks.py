@@ -1,7 +1,7 @@
 """Two processes against one, a thread each; and what collection and start-up cost with more of them, by counting.
 
-    python tests/bench_ranks.py                  seconds: four seeds, a landscape, exact Hessian entries
-    python tests/bench_ranks.py --messages       calls and bytes of each rank at 1, 2, 4 and 8 ranks
+    python bench/bench_ranks.py                  seconds: four seeds, a landscape, exact Hessian entries
+    python bench/bench_ranks.py --messages       calls and bytes of each rank at 1, 2, 4 and 8 ranks
 
 The seconds are those of the whole command, of its work alone, without the start of Python and torchrun (main() of the
 scripts), and of the CPU in the work of the busiest rank, which other work on the machine disturbs least. More ranks than
@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-DRIVER = str(Path(__file__).with_name("one_rank.py"))
+DRIVER = str(Path(__file__).resolve().parent.parent / "tests" / "one_rank.py")
 DATA = ["--dataset", "digits", "--data", "real"]
 TIMED = {
     "seeds": ["prune", *DATA, "--width", "32", "--rounds", "4", "--epochs", "24", "--seeds", "0", "1", "2", "3"],
@@ -29,8 +29,6 @@ TIMED = {
 }
 COUNTED = [
     ["prune", *DATA, "--width", "8", "--train-images", "64", "--epochs", "1", "--rounds", "10", "--seeds", *"01234567"],
-    ["prune", *DATA, "--width", "128", "--train-images", "64", "--epochs", "1", "--rounds", "1", "--out", "data",
-     "--parallel", "data"],
     ["stability", "--dataset", "digits", "--width", "8", "--epochs", "5", "--orders", "8", "--eval-images", "9"],
     ["landscape", "--dataset", "digits", "--width", "8", "--epochs", "5", "--eval-images", "9", "--grid", "25"],
     ["hessian", "--dataset", "digits", "--width", "8", "--epochs", "5", "--batch", "16"],

@@ -1,6 +1,6 @@
 """Sparse against dense masked training on the CPU: one convolution, whole steps, points of weight space.
 
-    OMP_NUM_THREADS=2 python tests/bench_sparse.py [--data-dir data] [--only conv convnet3 resnet18 points auto]
+    OMP_NUM_THREADS=2 python bench/bench_sparse.py [--data-dir data] [--only conv convnet3 resnet18 points auto]
 
 Dense is eager PyTorch in the better of its two memory layouts, with freed memory kept in the process for both sides.
 Masks are global magnitude masks of networks trained for --steps steps, so that layers differ in density. The two sides
@@ -19,10 +19,13 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-import splits  # noqa: E402
-import ops  # noqa: E402
-import sparse  # noqa: E402
+from common.data import Split, load_real  # noqa: E402
+from common.evaluation import combine, evaluate_points  # noqa: E402
+from common.kernels import ops, sparse, views  # noqa: E402
+from common.networks import blocks_of, build_network, prunable  # noqa: E402
+from common.streams import random_stream  # noqa: E402
+from common.training import Recipe, train  # noqa: E402
+from machine import describe, keep_freed_memory  # noqa: E402
 
 SPARSITIES = (.5, .8, .9, .95, .98, .996)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -86,19 +89,19 @@ def trained(args, name):
     """A network trained for a few steps, and its config."""
     config = dict(model=name, dataset="cifar10", width=128 if name == "convnet3" else None, norm=None,
                   channels=3, image_size=32, num_classes=10, train_images=BATCH * args.steps)
-    train, _ = splits.load_real(config, args.data_dir)
-    model = common.build_network(config)
-    common.train(model, train, common.Recipe(1), common.random_stream(0))
+    real, _ = load_real(config, args.data_dir)
+    model = build_network(config)
+    train(model, real, Recipe(1), random_stream(0))
     return model, config
 
 
 def pruned(model, config, sparsity):
     """A copy of `model` pruned globally by magnitude, and the mask."""
-    size = torch.cat([weight.abs().flatten() for weight in common.prunable(model).values()])
+    size = torch.cat([weight.abs().flatten() for weight in prunable(model).values()])
     threshold = size.sort().values[int(sparsity * len(size))]
-    mask = {name: weight.abs() >= threshold for name, weight in common.prunable(model).items()}
-    copy = common.build_network(config)
-    copy.load_state_dict(common.combine([model.state_dict()], [1.], mask))
+    mask = {name: weight.abs() >= threshold for name, weight in prunable(model).items()}
+    copy = build_network(config)
+    copy.load_state_dict(combine([model.state_dict()], [1.], mask))
     return copy.train(), mask
 
 
@@ -117,7 +120,8 @@ def training_step(model, mask, network, images, labels, step_):
 def fused_step(source, config, sparsity, choice, images, labels):
     """A training step of the pruned network as the scripts do it with --sparse `choice`."""
     model, mask = pruned(source, config, sparsity)
-    return training_step(model, mask, ops.fused(model, mask, choice), images, labels, ops.masked_sgd_)
+    views.skip_zeros.set(choice)
+    return training_step(model, mask, views.view(model, mask), images, labels, ops.masked_sgd_)
 
 
 def bench_step(args, name):
@@ -129,10 +133,16 @@ def bench_step(args, name):
         for layout in LAYOUTS:
             model, mask = pruned(source, config, sparsity)
             steps.append(training_step(model.to(memory_format=layout), mask, model, images.to(memory_format=layout),
-                                       labels, common.masked_sgd_))
+                                       labels, ops.masked_sgd_reference))
         steps += [fused_step(source, config, sparsity, choice, images, labels) for choice in ("auto", "off")]
         *dense, mine, fused = fastest(steps, args.repeats)
         report(f"step {name}", sparsity, min(dense), mine, fused)
+
+
+def first_sparse(model, mask):
+    """The block from which on --sparse auto is sparse; None where it is dense throughout."""
+    views.skip_zeros.set("auto")
+    return views.dense_blocks(model, mask)
 
 
 def bench_auto(args):
@@ -142,15 +152,15 @@ def bench_auto(args):
         images, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
         for sparsity in (.2, .5, .6, .65, .7, .75, .8, .85, .9):
             steps = [fused_step(source, config, sparsity, choice, images, labels) for choice in ("auto", "off")]
-            begins = ops.dense_parts(*pruned(source, config, sparsity), "auto")
-            way = "dense" if begins is None else f"sparse from part {begins} of {len(sparse.parts(source))}"
+            begins = first_sparse(*pruned(source, config, sparsity))
+            way = "dense" if begins is None else f"sparse from block {begins} of {len(blocks_of(source))}"
             print(f"auto {name:17} {sparsity:6.1%}   {median_ratio(*steps, turns):.3f}x   {way}", flush=True)
 
 
 def bench_points(args):
     """11 points on a line between two networks that share a mask, convnet3 width 128, evaluated on --images images."""
     source, config = trained(args, "convnet3")
-    split = common.Split(torch.randn(args.images, 3, 32, 32), torch.randint(0, 10, (args.images,)))
+    split = Split(torch.randn(args.images, 3, 32, 32), torch.randint(0, 10, (args.images,)))
     coefficients = [(1 - k / 10, k / 10) for k in range(11)]
     for sparsity in SPARSITIES:
         model, mask = pruned(source, config, sparsity)
@@ -161,14 +171,15 @@ def bench_points(args):
         def eager(layout):
             model.to(memory_format=layout).eval()
             for weights in coefficients:
-                model.load_state_dict(common.combine([a, b], weights, mask))
+                model.load_state_dict(combine([a, b], weights, mask))
                 for images in split.images.split(BATCH):
                     F.cross_entropy(model(images.to(memory_format=layout)), split.labels[:len(images)])
 
         def points(choice):
-            return lambda: common.evaluate_points(model, [a, b], coefficients, [split], mask, sparse=choice)
+            views.skip_zeros.set(choice)
+            evaluate_points(model, [a, b], coefficients, [split], mask)
 
-        ways = [*(lambda layout=layout: eager(layout) for layout in LAYOUTS), points("auto"), points("off")]
+        ways = [*(lambda layout=layout: eager(layout) for layout in LAYOUTS), lambda: points("auto"), lambda: points("off")]
         *dense, mine, fused = fastest(ways, max(1, args.repeats // 2))
         report("11 points convnet3", sparsity, min(dense), mine, fused)
 
@@ -182,7 +193,8 @@ def main():
     parser.add_argument("--only", nargs="+", choices=("conv", "convnet3", "resnet18", "points", "auto"),
                         default=("conv", "convnet3", "resnet18", "points", "auto"))
     args = parser.parse_args()
-    common.keep_freed_memory()
+    keep_freed_memory()
+    print(describe(same_malloc=True))
     ops.load()
     torch.manual_seed(0)
     benches = dict(conv=bench_convolution, convnet3=lambda a: bench_step(a, "convnet3"),

@@ -1,11 +1,11 @@
 """Eleven points on the line between two networks: stability.py's evaluation against the released code's loop.
 
-    python tests/bench_stability.py --images 1000
+    python bench/bench_stability.py --images 1000
 
 The released loop builds a fresh network and deep-copies a state for each alpha, leaves autograd on and passes over the
 data once per alpha, in eval mode and batches of 64; to its favour the images are in memory here. All ways evaluate the
 same points on the same images in one run; the fastest of --repeats counts. The second line is the released loop with
-common.run's setting of the memory allocator, which the third has too.
+cli.run's setting of the memory allocator, which the third has too.
 """
 import argparse
 import copy
@@ -18,15 +18,19 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-import splits  # noqa: E402
+from common.data import CIFAR, Split  # noqa: E402
+from common.evaluation import combine, evaluate_points  # noqa: E402
+from common.kernels import ops  # noqa: E402
+from common.networks import build_network, prunable  # noqa: E402
+from common.streams import random_stream  # noqa: E402
+from machine import describe, keep_freed_memory  # noqa: E402
 
 
 def released_loop(config, states, coefficients, split, batch_size=64):
     """A fresh network, a deep copy and a pass over the data for each point, autograd on: [(loss, accuracy)]."""
     scores = []
     for weights in coefficients:
-        model, point = common.build_network(config), copy.deepcopy(states[0])
+        model, point = build_network(config), copy.deepcopy(states[0])
         for name, value in point.items():
             if value.is_floating_point():
                 point[name] = sum(weight * state[name] for weight, state in zip(weights, states))
@@ -45,27 +49,28 @@ def released_loop(config, states, coefficients, split, batch_size=64):
 def compare(args, count, coefficients):
     """Time both ways on `count` random networks under one mask, check that they agree and print the ratio."""
     config = dict(model=args.model, width=args.width, norm=None, channels=3, image_size=32, num_classes=10)
-    generator, model = common.random_stream(0), common.build_network(config)
+    generator, model = random_stream(0), build_network(config)
     mask = {name: torch.rand(weight.shape, generator=generator) >= args.sparsity
-            for name, weight in common.prunable(model).items()}
-    states = [common.combine([common.build_network(config, seed).state_dict()], [1.], mask) for seed in range(count)]
+            for name, weight in prunable(model).items()}
+    states = [combine([build_network(config, seed).state_dict()], [1.], mask) for seed in range(count)]
     images = torch.randint(0, 256, (args.images, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    split = common.Split(images, torch.randint(0, 10, (args.images,), generator=generator), *splits.CIFAR)
+    split = Split(images, torch.randint(0, 10, (args.images,), generator=generator), *CIFAR)
     ways = {"released loop": lambda: released_loop(config, states, coefficients, split),
             "released loop, our malloc": lambda: released_loop(config, states, coefficients, split),
-            "common.evaluate_points": lambda: [
-                row[0][:2] for row in common.evaluate_points(model, states, coefficients, [split], mask)]}
+            "evaluate_points": lambda: [
+                row[0][:2] for row in evaluate_points(model, states, coefficients, [split], mask)]}
     scores, seconds = {}, {name: [] for name in ways}
     for name, way in ways.items():
         for _ in range(args.repeats):
             start = time.perf_counter()
             scores[name] = np.array(way())
             seconds[name].append(time.perf_counter() - start)
-        common.keep_freed_memory()
-    theirs, ours = scores["released loop"], scores["common.evaluate_points"]
+        keep_freed_memory()
+    theirs, ours = scores["released loop"], scores["evaluate_points"]
     assert np.allclose(theirs[:, 0], ours[:, 0], rtol=1e-4) and abs(theirs - ours)[:, 1].max() < .01
+    print(describe(same_malloc=True))
     print(f"{args.model}, {args.images} images, sparsity {args.sparsity:.0%}, {torch.get_num_threads()} threads, "
-          f"{'compiled ops' if common.compiled_ops() else 'PyTorch fallback'}")
+          f"{'compiled ops' if ops.load() else 'PyTorch fallback'}")
     for name, times in seconds.items():
         print(f"{name:<26} {min(times):8.2f} s {len(coefficients) / min(times):8.2f} points/s "
               f"{min(seconds['released loop']) / min(times):6.2f}x")
