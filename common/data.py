@@ -52,6 +52,17 @@ def fixed_subset(split, count, purpose):
     return split.subset(torch.randperm(len(split), generator=random_stream(0, purpose))[:count].sort()[0])
 
 
+def random_subset(split, ipc, num_classes, stream):
+    """`ipc` random images of each class. Raises UserError when a class has fewer."""
+    labels = split.labels.cpu()
+    fewest = int(torch.bincount(labels, minlength=num_classes).min())
+    if fewest < ipc:
+        raise UserError(f"--ipc {ipc}: a class has only {fewest} images")
+    order = torch.randperm(len(split), generator=stream)
+    chosen = torch.cat([order[labels[order] == c][:ipc] for c in range(num_classes)])
+    return split.subset(chosen.to(split.labels.device))
+
+
 #############################################
 #              Known datasets               #
 #############################################

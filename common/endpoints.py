@@ -66,17 +66,11 @@ def train_endpoint(path, about, init, start, last, split, recipe, generator):
     """
     model = build_network(about["config"]).to(split.labels.device)
     model.load_state_dict(init)
-    begun = None
-    if start:
-        own = start["order"] == about["order"]
-        begun = training.unpack(start, model, generator if own else random_stream(0))
-
-    def save(now):
-        files.save(path, about | {"epochs_done": now.epoch} | training.pack(now, model, generator))
-
-    now = training.train_with_bar(path.stem, model, split, recipe, generator, about["masks"], last, begun, save)
+    if start and start["order"] != about["order"]:
+        start = start | {"generator": generator.get_state()}
+    now = training.train_saved(path, about, path.stem, model, split, recipe, generator, about["masks"], last, start)
     if last < recipe.epochs:
-        save(now)
+        files.save(path, about | training.pack(now, model, generator))
         return files.load(path, split.labels.device)
     point = about | {"epochs_done": last, "state": model.state_dict()}
     files.save(path, point)

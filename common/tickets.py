@@ -23,9 +23,10 @@ def make_ticket(number, masks, init, config, results):
             "config": config, "results": results}
 
 
-def load_ticket(path, config=None, device="cpu"):
+def load_ticket(path, config=None, device="cpu", model=None):
     """The ticket in a file of prune.py: a dict with round, sparsity, masks, init, config, results.
 
+    It must fit the network that its config describes, or the `model` at hand, of which a config need not know.
     Also takes a torch.nn.utils.prune state dict (`weight_orig`, `weight_mask`); its tensors are matched to the
     prunable weights of the network that `config` describes, in order. Raises UserError.
     """
@@ -38,7 +39,7 @@ def load_ticket(path, config=None, device="cpu"):
         if config is None:
             raise UserError(f"{path}: a torch.nn.utils.prune state dict names no network; give --model and --dataset")
         held = from_torch_prune(path, held, config)
-    check_ticket(path, held)
+    check_ticket(path, held, model)
     return held
 
 
@@ -64,29 +65,36 @@ def wrong_setting(config):
             return key
 
 
-def check_ticket(path, ticket):
-    """Raises UserError unless a mask file's dict is complete and its masks and initial state fit its network."""
+def check_ticket(path, ticket, model=None):
+    """Raises UserError unless a mask file's dict is complete, and its masks and initial state fit its network."""
     parts = {"config": dict, "masks": dict, "init": dict, "results": dict, "round": int, "sparsity": float}
     wrong = next((key for key, kind in parts.items() if not isinstance(ticket.get(key), kind)), None)
     if wrong:
         raise UserError(f"{path}: mask file without {wrong}")
-    config = ticket["config"]
-    if wrong := wrong_setting(config):
-        raise UserError(f"{path}: {wrong} {config.get(wrong)!r} in its config is not one of prune.py")
-    own = ":" in config["model"]
-    try:
-        with torch.device("cpu" if own else "meta"):  # shapes, without the memory that a hostile file may ask for
-            network = build_network(config)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: its config describes no network ({str(error)[:80]})") from error
+    network = described_network(path, ticket["config"]) if model is None else model
     masks = {name: torch.empty_like(weight, dtype=torch.bool) for name, weight in prunable(network).items()}
     for part, expected in ("masks", masks), ("init", network.state_dict()):
         held = {name: (v.shape, v.dtype, v.layout) for name, v in ticket[part].items() if torch.is_tensor(v)}
         if held != {name: (v.shape, v.dtype, v.layout) for name, v in expected.items()}:
-            raise UserError(f"{path}: its {part} do not fit its network {config['model']}")
+            if model is not None:
+                raise UserError(f"{path}: its {part} are of another network than the one at hand")
+            raise UserError(f"{path}: its {part} do not fit its network {ticket['config']['model']}")
     broken = next((name for name, _ in network.named_parameters() if not ticket["init"][name].isfinite().all()), None)
     if broken:
         raise UserError(f"{path}: {broken} holds NaN or infinity")
+
+
+def described_network(path, config):
+    """The network that a mask file's config describes, for the shapes of its tensors. Raises UserError."""
+    wrong = wrong_setting(config)
+    if wrong:
+        raise UserError(f"{path}: {wrong} {config.get(wrong)!r} in its config is not one of prune.py")
+    own = ":" in config["model"]
+    try:
+        with torch.device("cpu" if own else "meta"):  # shapes, without the memory that a hostile file may ask for
+            return build_network(config)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: its config describes no network ({str(error)[:80]})") from error
 
 
 def from_torch_prune(path, state, config):
@@ -106,9 +114,14 @@ def from_torch_prune(path, state, config):
 
 def fingerprint(ticket):
     """sha256 over the masks and the initial state of a ticket."""
+    return tensors_sha(ticket["masks"], ticket["init"])
+
+
+def tensors_sha(*parts):
+    """sha256 over dicts of tensors: their names and values."""
     digest = hashlib.sha256()
-    for part in ("masks", "init"):
-        for name, value in sorted(ticket[part].items()):
+    for part in parts:
+        for name, value in sorted(part.items()):
             digest.update(name.encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -124,7 +137,7 @@ def family(config):
              "subset": f"real subset, {config.get('ipc')} a class", "random": "random masks"}
     rewound = f", rewound to epoch {config['rewind']}" if config.get("rewind") else ""
     started = f", from {Path(config['start']).stem}" if config.get("start") else ""
-    return names[config["data"]] + rewound + started
+    return names.get(config.get("data"), "own data") + rewound + started
 
 
 def label(ticket):
@@ -138,11 +151,16 @@ def label(ticket):
 #############################################
 
 
+def round_files(folder):
+    """The files r<n>.pt in a folder, in no order."""
+    return [path for path in Path(folder).glob("r*.pt") if path.stem[1:].isdigit()]
+
+
 def ticket_files(items):
     """Mask files as given; of folders, the r<n>.pt in them, by rounds. Raises UserError for a folder without."""
     files = []
     for item in map(Path, items):
-        found = [path for path in item.glob("r*.pt") if path.stem[1:].isdigit()] if item.is_dir() else [item]
+        found = round_files(item) if item.is_dir() else [item]
         if not found:
             raise UserError(f"{item}: no r0.pt, r1.pt, ... of prune.py in this folder")
         files += sorted(found, key=lambda path: (len(path.name), path.name))

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from . import files
 from .augment import augmented
 from .errors import UserError
-from .files import Autosave
 from .kernels import ops, views
 from .masks import apply_mask
 from .streams import global_generators_kept, seed_global_generators
@@ -165,9 +165,11 @@ def check_finite(model, recipe, training):
 
 def train_with_bar(title, model, split, recipe, generator, mask=None, until=None, training=None, save=None):
     """`train` under a progress bar; `save(training)` is called every half a minute. An error says where it came from."""
-    autosave, done = Autosave(), training.epoch if training else 0
-    total, title = recipe.epochs if until is None else until, f"{title} ({views.path(model, mask, recipe.skips_zeros)})"
-    with tqdm(initial=done, total=total, desc=title, unit="epoch", disable=None, leave=False) as bar:
+    autosave = files.Autosave()
+    done = training.epoch if training else 0
+    total = recipe.epochs if until is None else until
+    shown = f"{title} ({views.path(model, mask, recipe.skips_zeros)})"
+    with tqdm(initial=done, total=total, desc=shown, unit="epoch", disable=None, leave=False) as bar:
         def progress(training):
             if training.epoch > bar.n:
                 bar.set_postfix(loss=f"{training.loss:.3f}", accuracy=f"{training.accuracy:.1%}", refresh=False)
@@ -181,11 +183,22 @@ def train_with_bar(title, model, split, recipe, generator, mask=None, until=None
             raise UserError(f"{title}: {error}") from error
 
 
+def train_saved(path, about, title, model, split, recipe, generator, mask=None, until=None, start=None):
+    """`train_with_bar`, leaving `about` and what `pack` says in the file `path`; goes on from such a dict, `start`."""
+    begun = unpack(start, model, generator) if start else None
+
+    def save(training):
+        files.save(path, about | pack(training, model, generator))
+
+    return train_with_bar(title, model, split, recipe, generator, mask, until, begun, save)
+
+
 def pack(training, model, generator):
-    """What a file holds of a training under way: {"state", "generator", "training"}, for unpack."""
+    """What a file holds of a training under way: {"epochs_done", "state", "generator", "training"}, for unpack."""
     values = dict(vars(training))
     values["losses"] = torch.stack(training.losses) if training.losses else None
-    return {"state": model.state_dict(), "generator": generator.get_state(), "training": values}
+    return {"epochs_done": training.epoch, "state": model.state_dict(), "generator": generator.get_state(),
+            "training": values}
 
 
 def unpack(saved, model, generator):
