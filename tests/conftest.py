@@ -8,7 +8,17 @@ import pytest
 # Bits depend on the number of threads: runs inside and outside of this process are compared.
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from common.kernels import views  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def zeros_are_skipped_as_before():
+    """What a test, or a script in its process, chose for skipping zeros ends with the test."""
+    before = views.skip_zeros.set("auto")
+    yield
+    views.skip_zeros.reset(before)
 
 
 @pytest.fixture
