@@ -13,8 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-import common
-import ranks
+from common import cli, ranks
 
 
 class CountingStore(torch.distributed.Store):
@@ -83,7 +82,7 @@ def main(commands, counts, stderr=sys.stderr):
         sys.argv, began, used = [script, *arguments], time.perf_counter(), time.process_time()
         if arguments:
             importlib.import_module(script).main()
-        line = {"name": script, "place": place, "rank": ranks.together.get().rank,
+        line = {"name": script, "place": place, "rank": ranks.current().rank,
                 "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used, **counts}
         print(json.dumps(line) + "\n", end="", file=stderr)
         counts.clear()
@@ -94,4 +93,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--measure":
         count_messages(counts)
     commands = json.loads(sys.argv[-1])
-    common.run(lambda: main(commands, counts))
+    cli.run(lambda: main(commands, counts))

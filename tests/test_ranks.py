@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import common
-import tickets
 import landscape
-import prune
+from common import files
 from conftest import ROOT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -23,8 +21,6 @@ SEARCH = [*DATA, "--epochs", "2", "--eval-epochs", "1", "--rounds", "2", "--seed
 MASK = ["--mask", "masks/seed0/r2.pt", "--epochs", "1", "--endpoints", "ends"]
 COMMANDS = [
     ["prune", *SEARCH, "--out", "masks"],
-    ["prune", *DATA, "--parallel", "data", "--norm", "none", "--epochs", "2", "--eval-epochs", "2", "--rewind", "1",
-     "--rounds", "1", "--batch-size", "33", "--evaluate", "--out", "data"],  # the last batch has one image
     ["stability", "--mask", "masks/seed0", "--epochs", "2", "--points", "3", "--from-epoch", "1", "--out", "stability"],
     ["landscape", *MASK, "--orders", "3", "--grid", "9", "--eval-images", "50", "--out", "landscape"],
     ["hessian", *MASK, "--batch", "7", "--out", "exact"],
@@ -42,11 +38,11 @@ def finish(command, folder):
 
 def forget_half(path):
     """Make a finished survey an interrupted one."""
-    surface = common.load(path)
+    surface = files.load(path)
     scores, done = landscape.unpack(surface)
     done[:, 1::2], scores[:, 1::2] = False, np.nan
     about = {key: value for key, value in surface.items() if key not in ("probes", "done")}
-    common.save(path, landscape.pack(scores, done, about, len(surface["xs"][0])))
+    files.save(path, landscape.pack(scores, done, about, len(surface["xs"][0])))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +69,7 @@ def assert_same_files(one, two, pattern):
     names = sorted(path.relative_to(one) for path in one.glob(pattern))
     assert names and names == sorted(path.relative_to(two) for path in two.glob(pattern))
     for name in names:
-        assert equal(common.load(one / name), common.load(two / name)), name
+        assert equal(files.load(one / name), files.load(two / name)), name
 
 
 def test_masks_of_all_seeds_are_the_same_bit_for_bit(folders):
@@ -95,7 +91,7 @@ def test_a_survey_begun_by_one_process_is_finished_by_two(folders):
 
 @pytest.mark.parametrize("method", ["exact", "estimate"])
 def test_hessians_are_the_same_within_rounding(folders, method):
-    one, two = ([common.load(path) for path in sorted(folder.glob(f"{method}/**/*.pt"))] for folder in folders[:2])
+    one, two = ([files.load(path) for path in sorted(folder.glob(f"{method}/**/*.pt"))] for folder in folders[:2])
     for a, b in zip(one, two, strict=True):
         for scope in a["scopes"]:
             for name, (mean, *_) in a["scopes"][scope].items():
@@ -105,18 +101,9 @@ def test_hessians_are_the_same_within_rounding(folders, method):
 
 
 def test_distilled_sets_are_the_same_bit_for_bit(folders):
-    one, two = (common.load(folder / "distilled" / "checkpoint.pt") for folder in folders[:2])
+    one, two = (files.load(folder / "distilled" / "checkpoint.pt") for folder in folders[:2])
     assert equal(*({key: saved[key] for key in ("images", "losses", "network")} for saved in (one, two)))
-    assert equal(*(common.load(folder / "distilled" / "config.json")["accuracy"] for folder in folders[:2]))
-
-
-def test_data_parallel_training_is_that_of_one_process_within_rounding(folders):
-    for number in (0, 1):
-        one, two = (tickets.load_mask(folder / "data" / f"r{number}.pt") for folder in folders[:2])
-        for name, value in one["init"].items():  # of round 0: trained for an epoch
-            torch.testing.assert_close(two["init"][name], value, rtol=1e-4, atol=1e-6)
-        assert [int(m.sum()) for m in one["masks"].values()] == [int(m.sum()) for m in two["masks"].values()]
-        assert two["results"] == pytest.approx(one["results"], rel=1e-4)
+    assert equal(*(files.load(folder / "distilled" / "config.json")["accuracy"] for folder in folders[:2]))
 
 
 def test_two_processes_print_what_one_prints_once(folders):
@@ -143,8 +130,3 @@ def test_a_mistake_is_said_once(tmp_path):
     command = [*TORCHRUN, str(ROOT / "prune.py"), "--rate", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and done.stderr.count("error: --rate 2: must lie") == 1 and not list(tmp_path.iterdir())
-
-
-def test_batchnorm_over_several_processes_is_refused_on_a_cpu():
-    with pytest.raises(common.UserError, match="--norm instance"):
-        prune.with_global_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm2d(3)))

@@ -1,9 +1,9 @@
 """A campaign against faults, run once by hand; tests/test_campaign.py runs its last part.
 
-    python tests/campaign.py kill --count 50       kill -9 at random moments over the five scripts
-    python tests/campaign.py kill --ranks 2        the same under torchrun: of one rank, or of the whole group
-    python tests/campaign.py disk --count 10       a file system that is full at random moments (needs to mount a tmpfs)
-    python tests/campaign.py input                 malformed files and flags, one after the other in one process
+    python bench/campaign.py kill --count 50       kill -9 at random moments over the five scripts
+    python bench/campaign.py kill --ranks 2        the same under torchrun: of one rank, or of the whole group
+    python bench/campaign.py disk --count 10       a file system that is full at random moments (needs to mount a tmpfs)
+    python bench/campaign.py input                 malformed files and flags, one after the other in one process
 
 Each prints what it tried and what went wrong; exit code 1 when anything did.
 """
@@ -29,7 +29,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+from common import cli, files  # noqa: E402
 
 MASK = ["--mask", "masks/r3.pt", "--epochs", "20"]
 ENDPOINTS = ["--endpoints", "runs", "--out", "runs"]
@@ -61,7 +61,8 @@ def start(name, folder, ranks=1):
 
 def strike(process, draw):
     """kill -9: a process, or of a torchrun one rank, after which it goes on, or every other time all of it."""
-    family = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    family = [int(child) for child in children]
     if family and draw.random() < .5:
         os.kill(draw.choice(family), signal.SIGKILL)
         return
@@ -72,9 +73,9 @@ def strike(process, draw):
 
 
 def prepare(folder):
-    """A folder with a mask file that the commands read, and one with what every command makes of it undisturbed."""
-    common_start = [sys.executable, str(ROOT / PRUNE[0]), *PRUNE[1:-7], "--rounds", "3", "--out", "masks"]
-    subprocess.run(common_start, cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
+    """Make masks/r3.pt in `folder`, which the commands read."""
+    command = [sys.executable, str(ROOT / PRUNE[0]), *PRUNE[1:-7], "--rounds", "3", "--out", "masks"]
+    subprocess.run(command, cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
 
 
 def undisturbed(name, workshop, ranks=1):
@@ -102,14 +103,15 @@ def contents(name, folder):
 def stamps(folder):
     """{finished round: when it was written}; a round is written once when found and once more when evaluated."""
     rounds = folder.glob("runs/seed*/r*.pt")
-    return {path: path.stat().st_mtime_ns for path in rounds if "test_accuracy" in common.load(path)["results"]}
+    return {path: path.stat().st_mtime_ns for path in rounds if "test_accuracy" in files.load(path)["results"]}
 
 
 def kill(name, workshop, count, ranks=1, seed=0):
     """Kill the command `count` times at random moments, going on each time; a list of what went wrong."""
     expected, seconds = undisturbed(name, workshop, ranks)
-    draw, folder, wrong, kills = random.Random(f"{name} {seed}"), fresh(workshop, f"{name}_killed"), [], 0
-    process = None
+    folder = fresh(workshop, f"{name}_killed")
+    draw = random.Random(f"{name} {seed}")
+    process, kills, wrong = None, 0, []
     while kills < count:
         if process is None or process.poll() is not None:
             before, process = stamps(folder), start(name, folder, ranks)
@@ -141,26 +143,34 @@ def disk(name, workshop, count, seed=0):
     """Run the command `count` times on file systems with room for a random part of its files."""
     expected, _ = undisturbed(name, workshop)
     needed = sum(f.stat().st_size for f in (workshop / f"{name}_undisturbed" / "runs").rglob("*") if f.is_file())
-    draw, wrong, folder = random.Random(f"{name} {seed}"), [], fresh(workshop, f"{name}_disk")
-    for number in range(count):
-        size = int(draw.uniform(.05, .9) * needed)
-        (folder / "runs").mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={max(size, 4096)}", "tmpfs", folder / "runs"], check=True)
-        try:
-            process = start(name, folder)
-            _, errors = process.communicate()
-            lines = [line for line in errors.splitlines() if line.startswith("error:")]
-            if process.returncode != 2 or len(lines) != 1 or "cannot write" not in lines[0] or "Traceback" in errors:
-                wrong.append(f"{name}, room for {size} bytes: exit code {process.returncode}, {errors[-300:]}")
-            subprocess.run(["mount", "-o", "remount,size=100m", folder / "runs"], check=True)
-            process = start(name, folder)
-            process.communicate()
-            if process.returncode or contents(name, folder) != expected:
-                wrong.append(f"{name}, room for {size} bytes, then more: not the files of an undisturbed run")
-        finally:
-            subprocess.run(["umount", folder / "runs"], check=True)
-            (folder / "runs").rmdir()
+    draw, folder = random.Random(f"{name} {seed}"), fresh(workshop, f"{name}_disk")
+    wrong = []
+    for _ in range(count):
+        size = max(int(draw.uniform(.05, .9) * needed), 4096)
+        wrong += [f"{name}, room for {size} bytes{trouble}" for trouble in on_full_disk(name, folder, size, expected)]
     print(f"disk {name:<10} {count} times full: {'; '.join(wrong) or 'file named, then all as undisturbed'}")
+    return wrong
+
+
+def on_full_disk(name, folder, size, expected):
+    """What goes wrong when the command has a file system of `size` bytes, and then a larger one."""
+    runs, wrong = folder / "runs", []
+    runs.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", runs], check=True)
+    try:
+        process = start(name, folder)
+        _, errors = process.communicate()
+        lines = [line for line in errors.splitlines() if line.startswith("error:")]
+        if process.returncode != 2 or len(lines) != 1 or "cannot write" not in lines[0] or "Traceback" in errors:
+            wrong.append(f": exit code {process.returncode}, {errors[-300:]}")
+        subprocess.run(["mount", "-o", "remount,size=100m", runs], check=True)
+        process = start(name, folder)
+        process.communicate()
+        if process.returncode or contents(name, folder) != expected:
+            wrong.append(", then more: not the files of an undisturbed run")
+    finally:
+        subprocess.run(["umount", runs], check=True)
+        runs.rmdir()
     return wrong
 
 
@@ -171,28 +181,47 @@ def disk(name, workshop, count, seed=0):
 
 def attempt(script, flags, seconds=60):
     """What is wrong with how `script` refuses these flags, or None. It runs in this process, in the current folder."""
-    out, err, before = io.StringIO(), io.StringIO(), set(Path().rglob("*"))
-    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError()))
+    before = set(Path().rglob("*"))
+    code, errors = run_here(script, flags, seconds)
+    written = sorted(set(Path().rglob("*")) - before)
+    for path in written:
+        remove(path)
+    if Path("executed") in written:
+        return "ran the code in the file"
+    if code != 2 or len(errors) != 1:
+        return f"exit code {code}, {len(errors)} error lines"
+    return f"left {', '.join(map(str, written))}" if written else None
+
+
+def run_here(script, flags, seconds):
+    """(exit code, lines of errors) of a script that runs in this process; instead of a code, an exception's name."""
+    out, err, arguments = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [f"{script}.py", *map(str, flags)]
+    signal.signal(signal.SIGALRM, too_slow)
     signal.alarm(seconds)
-    arguments, sys.argv = sys.argv, [f"{script}.py", *map(str, flags)]
-    code, trouble = 0, None
+    code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            common.run(importlib.import_module(script).main)
+            cli.run(importlib.import_module(script).main)
     except SystemExit as stop:
         code = stop.code
     except BaseException as error:
-        trouble = f"{type(error).__name__}: {str(error)[:200]}"
+        code = f"{type(error).__name__}: {str(error)[:200]}"
     finally:
         signal.alarm(0)
         sys.argv = arguments
-    errors = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
-    written = sorted(map(str, set(Path().rglob("*")) - before))
-    for path in written:
-        shutil.rmtree(path, ignore_errors=True) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
-    if trouble or code != 2 or len(errors) != 1:
-        return trouble or f"exit code {code}, {len(errors)} error lines"
-    return f"left {', '.join(written)}" if written else None
+    return code, [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
+
+
+def too_slow(*_):
+    raise TimeoutError
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Code:
@@ -208,8 +237,8 @@ def broken_values():
     return [None, -1, 0, 1e30, float("nan"), "x", "", [], {}, b"\0", torch.zeros(0), torch.tensor([True]), huge]
 
 
-def broken_masks(good):
-    """(name, mask file's dict) with one thing wrong each."""
+def broken_tickets(good):
+    """(name, ticket) with one thing wrong each."""
     for key in ("masks", "init", "config", "round", "format"):
         yield f"without {key}", {k: v for k, v in good.items() if k != key}
     for key in ("masks", "init", "config"):
@@ -225,6 +254,11 @@ def broken_masks(good):
     nan[first][0] = float("nan")
     yield "init with NaN", good | {"init": nan}
     yield "masks of floats", good | {"masks": {k: v.float() for k, v in good["masks"].items()}}
+    yield from broken_configs(good)
+
+
+def broken_configs(good):
+    """(name, ticket) whose config lacks a value or has a wrong one."""
     for key in ("model", "dataset", "channels", "image_size", "num_classes"):
         yield f"config without {key}", good | {"config": {k: v for k, v in good["config"].items() if k != key}}
     for key, values in {"model": (None, 3, "vgg", "os:system", "nowhere:net"), "width": (-1, "x", 10 ** 6, 1.5),
@@ -232,7 +266,7 @@ def broken_masks(good):
                         "image_size": (0, -3, "x", 10 ** 6), "num_classes": (0, -1, "x", 10 ** 9),
                         "data": ("x", None), "seed": ("x", None), "eval_epochs": (0, -5, "x", None),
                         "lr": ("x", -1., float("nan")), "batch_size": (0, "x"), "augment": ("x",),
-                        "cutmix": ("x",), "train_images": (-1, "x"), "sparse": ("x",)}.items():
+                        "cutmix": ("x",), "train_images": (-1, "x")}.items():
         for value in values:
             yield f"config {key} = {value!r}", good | {"config": good["config"] | {key: value}}
 
@@ -340,49 +374,52 @@ def broken_flags():
     yield "prune", ["--start", "good.pt", "--model", "resnet10", "--dataset", "digits", "--data", "real"]
 
 
-def malformed_input(folder, files=6):
+def malformed_input(folder, count=6):
     """Every script against malformed files and flags in `folder`; (number of cases, what went wrong)."""
-    draw, cases, wrong = random.Random(0), 0, []
-    home = os.getcwd()
+    number, wrong, home = 0, [], os.getcwd()
     os.chdir(folder)
-    good = torch.load("masks/r3.pt", weights_only=True)
-    torch.save(good, "good.pt")
-    scripts = [(script, ["--mask", "bad.pt"]) for script in ("stability", "landscape", "hessian")]
-    scripts.append(("prune", ["--start", "bad.pt", "--data", "real", "--epochs", "1"]))
-
-    def try_out(what, script, flags):
-        nonlocal cases
-        cases += 1
-        trouble = attempt(script, flags)
-        if Path("executed").exists():
-            trouble = "ran the code in the file"
-            Path("executed").unlink()
-        if trouble:
-            wrong.append(f"{script} {' '.join(map(str, flags))} ({what}): {trouble}")
-
     try:
-        for number, (name, value) in enumerate(broken_masks(good)):
-            torch.save(copy.copy(value), "bad.pt")
-            try_out(name, *scripts[number % 3])
-        torch.save(Code(), "bad.pt")
-        for script, flags in scripts:
-            try_out("a pickle with code", script, flags)
-        for number, (name, content) in enumerate(broken_bytes(Path("good.pt").read_bytes(), draw, files)):
-            Path("bad.pt").write_bytes(content)
-            try_out(name, *scripts[number % 4])
-        distilled = ["--dataset", "digits", "--ipc", "2", "--epochs", "1", "--distilled", "set.pt"]
-        for name, value in broken_sets():
-            torch.save(value, "set.pt")
-            try_out(name, "prune", distilled)
-        torch.save(Code(), "set.pt")
-        try_out("a pickle with code", "prune", distilled)
-        for name, place in broken_datasets(Path("sets")):
-            try_out(name, "prune", ["--dataset", place, "--data", "real", "--epochs", "1", "--rounds", "1"])
-        for script, flags in broken_flags():
-            try_out("flags", script, flags)
+        for what, script, flags in malformed_cases(count):
+            number += 1
+            trouble = attempt(script, flags)
+            if trouble:
+                wrong.append(f"{script} {' '.join(map(str, flags))} ({what}): {trouble}")
     finally:
         os.chdir(home)
-    return cases, wrong
+    return number, wrong
+
+
+def malformed_cases(count):
+    """(what is wrong, script, its flags), one after the other, with the files they name in the current folder.
+
+    `count` random cuts and as many random holes are tried.
+    """
+    good = files.load("masks/r3.pt")
+    torch.save(good, "good.pt")
+    yield from ticket_cases(good, count)
+    flags = ["--dataset", "digits", "--ipc", "2", "--epochs", "1", "--distilled", "set.pt"]
+    for name, value in [*broken_sets(), ("a pickle with code", Code())]:
+        torch.save(value, "set.pt")
+        yield name, "prune", flags
+    for name, place in broken_datasets(Path("sets")):
+        yield name, "prune", ["--dataset", place, "--data", "real", "--epochs", "1", "--rounds", "1"]
+    for script, flags in broken_flags():
+        yield "flags", script, flags
+
+
+def ticket_cases(good, count):
+    """(what is wrong with bad.pt, script, its flags)."""
+    scripts = [(script, ["--mask", "bad.pt"]) for script in ("stability", "landscape", "hessian")]
+    for number, (name, value) in enumerate(broken_tickets(good)):
+        torch.save(copy.copy(value), "bad.pt")
+        yield name, *scripts[number % 3]
+    scripts.append(("prune", ["--start", "bad.pt", "--data", "real", "--epochs", "1"]))
+    torch.save(Code(), "bad.pt")
+    for script, flags in scripts:
+        yield "a pickle with code", script, flags
+    for number, (name, content) in enumerate(broken_bytes(Path("good.pt").read_bytes(), random.Random(0), count)):
+        Path("bad.pt").write_bytes(content)
+        yield name, *scripts[number % 4]
 
 
 def main():
@@ -391,8 +428,8 @@ def main():
     parser.add_argument("--count", type=int, default=50, help="kills or full disks in all (50)")
     parser.add_argument("--ranks", type=int, default=1, help="processes, under torchrun when several; for kill (1)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         prepare(folder)
         if args.what == "input":
             cases, wrong = malformed_input(folder)
