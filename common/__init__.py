@@ -22,6 +22,7 @@ The rooms, each using only those above it:
     distilled                         distilled sets of every published format
     kernels/                          the Python side of csrc/: faster views of a network, and their ops
     training, evaluation              SGD under a mask; losses of networks and of points
+    matching, planes                  weight space: a network's units relabelled; planes through networks
     tickets, endpoints                mask files; the networks trained from them
     cli                               flags, errors in one line, how a script starts
     embedded/                         digits, and distilled sets of CIFAR-10 and digits
