@@ -209,7 +209,7 @@ def unpack(surface):
 def read_surface(path):
     """The arrays of landscape.npz. Raises UserError for another file or version."""
     surface = files.load(path)
-    if str(surface.get("format")) != FORMAT:
+    if not isinstance(surface, dict) or str(surface.get("format")) != FORMAT:
         raise UserError(f"{path}: not a surface of this version of landscape.py ({FORMAT})")
     return surface
 
