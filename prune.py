@@ -12,13 +12,13 @@ Every round leaves a mask in --out (r0.pt is the dense network) that stability.p
 The first command takes about a minute on 2 cores without a GPU, where the `quick` preset runs: convnet3 of width 32,
 10 rounds. Expect 20.00, 36.00, 48.80, ... 89.26% sparsity, 24,000 images seen a round, and 56 to 73% of the augmented
 distilled images recognised in its last epoch. Their subnetworks reach 65.4, 63.9 and 61.4% on CIFAR-10's test set at
-59, 79 and 89% sparsity with the published MTT set (docs/results.md). `--preset paper` is ResNet-18, made for a GPU.
+59, 79 and 89% sparsity with the published MTT set (docs/results.md). `--preset paper` is ResNet-18, meant for a GPU.
 
     python prune.py --plot masks_distilled masks_real          accuracy and images seen against sparsity
     python prune.py --compare masks_distilled masks_real       per-layer sparsity and overlap of two runs (Sec. 6)
 
-The same command again goes on where an interrupted run stopped, within half a minute, and ends with the same masks.
-For a network and tensors of your own: find_masks(model, Split(images, labels), epochs=100), below.
+The same command again goes on where an interrupted run stopped, at most half a minute back, and ends with the same
+masks. For a network and images of your own: find_masks(model, Split(images, labels), rounds=5, epochs=100).
 """
 import copy
 import math
@@ -36,7 +36,7 @@ from common.evaluation import mean_and_std
 from common.masks import dense_mask, magnitude_mask, overlap
 from common.networks import build_network, prunable
 from common.streams import random_stream
-from common.tickets import family, load_ticket, make_ticket, round_files, tensors_sha
+from common.tickets import family, fingerprint, load_ticket, make_ticket, round_files, tensors_sha
 
 DEFAULTS = dict(rounds=10, rate=.2, scope="global", rewind=0, rewind_what="all", seed=0, epochs=300, eval_epochs=300,
                 **training.Recipe._field_defaults)  # the paper's, on real data
@@ -55,21 +55,18 @@ MAY_CHANGE = {"rounds", "sparse"}  # in a run that goes on: more rounds leave th
 #############################################
 
 
-def find_masks(model, data, out="masks", real=None, start=None, evaluate=(), overwrite=False, config=None, **settings):
-    """Iterative magnitude pruning, Algorithm 1 of the paper: train, prune, rewind, repeat. Returns results.csv's rows.
+def search(model, data, config, out, real=None, start=None, evaluate=()):
+    """Iterative magnitude pruning, Algorithm 1 of the paper: train, prune, rewind, repeat.
 
-    Prunes every Conv2d and Linear weight of a copy of `model`. `data` is the Split trained on; None draws random masks.
-    `real` are (train, test) Splits, for the rewind point and the rounds in `evaluate`, whose subnetworks are trained
-    on them. `start`: a ticket to go on from. `settings` replace DEFAULTS; `config` says more of where model and data
-    come from. The folder `out` gets r<n>.pt and results.csv after every round; what is there of this very run is not
-    done again, of another it is in the way, or is deleted with `overwrite`. Raises UserError.
+    `data` is the split trained on (None draws random masks), `real` the (train, test) pair, `start` a ticket to go on
+    from, `evaluate` the rounds whose subnetworks are trained on real data. The folder `out` gets r<n>.pt and
+    results.csv after every round; finished rounds in it are taken as they are. Returns the rows of results.csv.
     """
-    config = DEFAULTS | (config or own_config(model, data)) | settings
-    out, model, first = Path(out), copy.deepcopy(model), start["round"] if start else 0
-    prepare_folder(out, config, overwrite)
     rows, seconds = [], read_seconds(out)
+    first = start["round"] if start else 0
     for number in range(first, config["rounds"] + 1):
-        path, began = out / f"r{number}.pt", time.perf_counter()
+        began = time.perf_counter()
+        path = out / f"r{number}.pt"
         finished = path.exists()
         if finished:
             ticket = load_ticket(path, device=next(model.parameters()).device, model=model)
@@ -93,12 +90,6 @@ def find_masks(model, data, out="masks", real=None, start=None, evaluate=(), ove
     return rows
 
 
-def own_config(model, data):
-    """What tells a run with a network and a Split of one's own from others: sha256 of initial state and images."""
-    split = {} if data is None else {"images": data.images, "labels": data.labels}
-    return {"network_sha": tensors_sha(model.state_dict()), "data_sha": tensors_sha(split)}
-
-
 def first_ticket(path, model, config, real, start):
     """Round 0: all weights survive, at initialisation or after `rewind` epochs on real data; or the `start` ticket."""
     if start:
@@ -114,8 +105,9 @@ def first_ticket(path, model, config, real, start):
 
 
 def train_round(path, model, ticket, config, data):
-    """Train a ticket's network for the next round. Returns weights {name: tensor} to choose from by magnitude (random
-    ones without data), and the results to save with the next ticket.
+    """Train a ticket's network: (weights {name: tensor} whose magnitudes decide, results) of the next round.
+
+    Without data the weights are random numbers.
     """
     number = ticket["round"] + 1
     stream = random_stream(config["seed"], "round", number)
@@ -152,17 +144,44 @@ def evaluate_ticket(path, model, ticket, config, train_split, test_split):
 def train(title, path, model, split, config, epochs, stream, mask=None, until=None):
     """training.train, saved beside the ticket's `path` every half a minute and gone on with from there."""
     saved = unfinished(path)
-    start = files.load(saved, split.labels.device) if saved.exists() else None
-    if start and (start["title"] != title or files.difference(start["config"], config, MAY_CHANGE)):
-        start = None
+    begun = files.load(saved, split.labels.device) if saved.exists() else None
+    if begun and (begun["title"] != title or files.difference(begun["config"], config, MAY_CHANGE)):
+        begun = None
     recipe = training.recipe_of(config, epochs)
     about = {"title": title, "config": config}
-    return training.train_saved(saved, about, title, model, split, recipe, stream, mask, until, start)
+    return training.train_saved(saved, about, title, model, split, recipe, stream, mask, until, begun)
 
 
 def unfinished(path):
     """Where a round, its rewind point or its evaluation is kept while it is trained: r<n>.training.pt."""
     return path.with_suffix(".training.pt")
+
+
+def find_masks(model, data, out="masks", real=None, start=None, evaluate=(), overwrite=False, **settings):
+    """The search for a network and images of your own, without the command line. Returns the rows of results.csv.
+
+    model      nn.Module; the Conv2d and Linear weights of a copy of it are pruned
+    data       Split(images [N, C, H, H], labels [N]) on the model's device, float images normalised; None: random masks
+    out        folder of the tickets r<n>.pt, read by common.tickets.load_ticket(path, model=model)
+    real       (train, test) Splits, for a rewind point and for the rounds in `evaluate`
+    start      a ticket to go on from
+    overwrite  whether another run in `out` may be deleted; this very run goes on where it stopped
+    settings   replace those of DEFAULTS; --help explains them
+
+    Other shapes of images need augment="none", cutmix=0. Raises UserError.
+    """
+    unknown = sorted(settings.keys() - DEFAULTS.keys())
+    if unknown:
+        raise UserError(f"no setting {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
+    config = DEFAULTS | settings
+    if real is None and (evaluate or config["rewind"]):
+        raise UserError("to evaluate or to rewind, give real=(train, test)")
+    images = {} if data is None else {"images": data.images, "labels": data.labels}
+    config["network_sha"] = tensors_sha(model.state_dict())
+    config["data_sha"] = tensors_sha(images)
+    config["start_sha"] = fingerprint(start) if start else None
+    prepare_folder(Path(out), config, overwrite)
+    return search(copy.deepcopy(model), data, config, Path(out), real, start, evaluate)
 
 
 #############################################
@@ -240,10 +259,12 @@ def draw_runs(folders, path):
     rows = [row for run in runs for table in run for row in table]
     tested = any("test_accuracy" in row for row in rows)
     for i, (folder, run) in enumerate(zip(folders, runs)):
-        style = dict(color=f"C{i}", ls=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8])
-        rounds = by_round(run)
-        draw_accuracy(left, rounds, "test_accuracy" if tested else "train_accuracy", style | legend(folder, run))
-        draw_images_seen(right, rounds, style | legend(folder, run))
+        label = family(files.load(run_folders(folder)[0] / "config.json"))
+        if len(run) > 1:
+            label += f" ({len(run)} seeds)"
+        style = dict(color=f"C{i}", ls=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], label=label)
+        draw_accuracy(left, by_round(run), "test_accuracy" if tested else "train_accuracy", style)
+        draw_images_seen(right, by_round(run), style)
     left.set_ylabel("test accuracy after training on real data (%)" if tested else "accuracy on the pruning data (%)")
     right.set_ylabel("training points seen to reach the mask")
     right.set_yscale("log")
@@ -253,12 +274,6 @@ def draw_runs(folders, path):
         if axes.has_data():
             axes.legend(fontsize=8)
     files.save(path, figure)
-
-
-def legend(folder, run):
-    """The label of a run's curve."""
-    config = files.load(run_folders(folder)[0] / "config.json")
-    return {"label": family(config) + (f" ({len(run)} seeds)" if len(run) > 1 else "")}
 
 
 def by_round(run):
@@ -492,13 +507,13 @@ def load_data(config, data_dir, device, needs_real):
 
 def fill_in_epochs(config, preset, distilled, real):
     """The preset's epochs where no flag names them: the paper's, or as many as show QUICK_IMAGES images."""
-    trained = len(real[0]) if real else DATASETS[config["dataset"]].train_size
-    trained = min(config["train_images"] or trained, trained)
-    subset = config["ipc"] * config["num_classes"]
-    searched = {"distilled": len(distilled or ()), "real": trained}.get(config["data"], subset)
-    for key, data, images in (("epochs", config["data"], searched), ("eval_epochs", "real", trained)):
+    train_size = len(real[0]) if real else DATASETS[config["dataset"]].train_size
+    images = {"distilled": len(distilled or ()), "real": min(config["train_images"] or train_size, train_size),
+              "subset": config["ipc"] * config["num_classes"], "random": 1}
+    for key, kind in (("epochs", config["data"]), ("eval_epochs", "real")):
         if config[key] is None:
-            config[key] = PAPER_EPOCHS[data] if preset == "paper" else math.ceil(QUICK_IMAGES[data] / images)
+            quick = math.ceil(QUICK_IMAGES[kind] / images[kind])
+            config[key] = PAPER_EPOCHS[kind] if preset == "paper" else quick
     if config["rewind"] > config["eval_epochs"]:
         raise UserError(f"--rewind {config['rewind']}: real training has only {config['eval_epochs']} epochs")
 
@@ -520,8 +535,11 @@ def run_seed(config, out, args, distilled, real, device):
     start = load_ticket(args.start, config, device, model) if args.start else None
     if start and start["round"] > config["rounds"]:
         raise UserError(f"--rounds {config['rounds']}: {args.start} is of round {start['round']} already")
-    evaluate = range(config["rounds"] + 1) if args.evaluate == [] else args.evaluate or ()
-    rows = find_masks(model, data, out, real, start, evaluate, args.overwrite, config)
+    evaluate = args.evaluate or ()
+    if args.evaluate == []:
+        evaluate = range(config["rounds"] + 1)
+    prepare_folder(out, config, args.overwrite)
+    rows = search(model, data, config, out, real, start, evaluate)
     print_table(rows)
     draw_runs([out], out / "prune.png")
 
@@ -530,9 +548,11 @@ def main(argv=None):
     args = parse(argv)
     if args.plot:
         draw_runs(args.plot, args.out / "prune.png")
-        return print(f"written: {args.out / 'prune.png'}")
+        print(f"written: {args.out / 'prune.png'}")
+        return
     if args.compare:
-        return compare(*args.compare, args.out)
+        compare(*args.compare, args.out)
+        return
     device = cli.start(args)
     preset = args.preset or ("paper" if device.type == "cuda" else "quick")
     config = config_of(args, preset)

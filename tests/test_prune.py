@@ -1,19 +1,25 @@
 """Masks against published counts and torch's own pruning; the command line from end to end on the digits."""
 import csv
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.utils import prune as torch_prune
 
-import common
-import tickets
 import prune
-from common import random_stream
+from common import files
+from common.data import Split
+from common.errors import UserError
+from common.masks import dense_mask, magnitude_mask, overlap, sparsity
+from common.networks import build_network, prunable
+from common.streams import random_stream
+from common.tickets import FORMAT, fingerprint, load_ticket
 from conftest import ROOT
 
 CONFIG = dict(model="convnet3", channels=3, image_size=32, num_classes=10)
@@ -22,9 +28,9 @@ QUICK = ("--dataset", "digits", "--data", "real", "--width", 4, "--epochs", 2, "
 
 
 def rounds_of(network, count, rate=.2, **options):
-    masks = [common.dense_mask(network)]
+    masks = [dense_mask(network)]
     for _ in range(count):
-        masks.append(prune.magnitude_mask(common.prunable(network), masks[-1], rate, **options))
+        masks.append(magnitude_mask(prunable(network), masks[-1], rate, **options))
     return masks
 
 
@@ -36,55 +42,55 @@ def zeros(mask):
 
 
 def test_zeros_per_round_are_the_papers():
-    masks = rounds_of(common.build_network(CONFIG), 6)
+    masks = rounds_of(build_network(CONFIG), 6)
     assert [zeros(m) for m in masks[1:]] == [63770, 114786, 155598, 188248, 214368, 235264]
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_masks_are_nested(scope):
-    masks = rounds_of(common.build_network(CONFIG | {"width": 8}), 4, scope=scope)
+    masks = rounds_of(build_network(CONFIG | {"width": 8}), 4, scope=scope)
     for earlier, later in zip(masks, masks[1:]):
         assert all((later[name] <= earlier[name]).all() for name in earlier)
 
 
 def test_masks_equal_torchs_global_pruning():
-    network = common.build_network(CONFIG | {"width": 16})
-    expected = common.build_network(CONFIG | {"width": 16})
+    network = build_network(CONFIG | {"width": 16})
+    expected = build_network(CONFIG | {"width": 16})
     layers = [(m, "weight") for m in expected.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-    mask = common.dense_mask(network)
+    mask = dense_mask(network)
     for number in range(3):
         stream = random_stream(number)
         with torch.no_grad():  # other weights each round, as training would leave them
-            for weight, (layer, _) in zip(common.prunable(network).values(), layers):
+            for weight, (layer, _) in zip(prunable(network).values(), layers):
                 fresh = torch.randn(weight.shape, generator=stream)
                 weight.copy_(fresh)
                 (layer.weight_orig if number else layer.weight).copy_(fresh)
                 for hook in layer._forward_pre_hooks.values():
                     hook(layer, None)  # refreshes layer.weight, which torch ranks
         torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=.2)
-        mask = prune.magnitude_mask(common.prunable(network), mask, .2)
+        mask = magnitude_mask(prunable(network), mask, .2)
         assert all(torch.equal(kept, layer.weight_mask.bool()) for kept, (layer, _) in zip(mask.values(), layers))
 
 
 def test_layer_scope_removes_the_same_share_of_every_layer():
-    network = common.build_network(CONFIG | {"width": 8})
+    network = build_network(CONFIG | {"width": 8})
     for name, kept in rounds_of(network, 1, scope="layer")[1].items():
         assert int((~kept).sum()) == round(.2 * kept.numel())
 
 
 @pytest.mark.parametrize("what", ["all", "weights"])
 def test_rewinding(what):
-    network = common.build_network(CONFIG | {"width": 4, "norm": "batch"})
+    network = build_network(CONFIG | {"width": 4, "norm": "batch"})
     init = {name: value.clone() for name, value in network.state_dict().items()}
     trained = {name: value + 1 for name, value in init.items()}
-    state = prune.rewound(trained, init, common.prunable(network), what)
+    state = prune.rewound(trained, init, prunable(network), what)
     for name, value in state.items():
-        returned = what == "all" or name in common.prunable(network)
+        returned = what == "all" or name in prunable(network)
         assert torch.equal(value, init[name] if returned else trained[name]), name
 
 
 def test_overlap_of_independent_masks_has_z_about_zero_and_ratio_one():
-    scores = [prune.overlap(torch.rand(5000, generator=random_stream(i)) < .3,
+    scores = [overlap(torch.rand(5000, generator=random_stream(i)) < .3,
                             torch.rand(5000, generator=random_stream(-1, i)) < .1)
               for i in range(200)]
     z = torch.tensor([(shared - expected) / variance ** .5 for *_, shared, expected, variance in scores])
@@ -93,7 +99,7 @@ def test_overlap_of_independent_masks_has_z_about_zero_and_ratio_one():
 
 def test_overlap_of_a_mask_with_itself():
     mask = torch.arange(100) < 20
-    assert prune.overlap(mask, mask)[:5] == (100, 20, 20, 20, 4.)
+    assert overlap(mask, mask)[:5] == (100, 20, 20, 20, 4.)
 
 
 # ---------------------------------------------------------------- the command line
@@ -105,7 +111,7 @@ def table(folder):
 
 
 def masks_in(folder):
-    return {path.stem: tickets.load_mask(path)["masks"] for path in folder.glob("r*.pt")}
+    return {path.stem: load_ticket(path)["masks"] for path in folder.glob("r*.pt")}
 
 
 def same_masks(one, other):
@@ -140,9 +146,9 @@ def test_a_run_leaves_masks_results_and_pictures(finished):
 
 def test_mask_files_are_self_contained(finished):
     ticket = torch.load(finished / "r3.pt", weights_only=True)
-    network = common.build_network(ticket["config"], ticket["config"]["seed"])
-    assert ticket["format"] == tickets.MASK_FORMAT and ticket["round"] == 3
-    assert ticket["sparsity"] == common.sparsity(ticket["masks"])
+    network = build_network(ticket["config"], ticket["config"]["seed"])
+    assert ticket["format"] == FORMAT and ticket["round"] == 3
+    assert ticket["sparsity"] == sparsity(ticket["masks"])
     assert all(torch.equal(value, ticket["init"][name]) for name, value in network.state_dict().items())
 
 
@@ -161,6 +167,71 @@ def test_killed_run_goes_on_and_ends_with_the_same_masks(finished, tmp_path, run
     assert (tmp_path / "masks" / "r0.pt").stat().st_mtime_ns <= first
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def dying(monkeypatch):
+    """dying(n): trainings are saved after every step, and what runs is killed at the nth save."""
+    def dying(number):
+        def save_and_die(path, content):
+            nonlocal number
+            write(path, content)
+            if path.name.endswith(".training.pt"):
+                number -= 1
+                if number == 0:
+                    raise Killed
+
+        monkeypatch.setattr(files, "write_atomically", save_and_die)
+
+    write, autosave = files.write_atomically, files.Autosave
+    monkeypatch.setattr(files, "Autosave", lambda: autosave(seconds=0))
+    return dying
+
+
+def test_killed_again_and_again_within_rounds_it_ends_with_the_same_bits(run, dying):
+    # An epoch has 4 steps and is saved 5 times: a rewind point of 1 epoch, 2 rounds and an evaluation of 2 are 35 saves.
+    command = [*QUICK, "--rewind", 1, "--rounds", 2, "--evaluate", 2]
+    run(*command, "--out", "whole")
+    for deaths in range(10):
+        dying(7)
+        try:
+            run(*command, "--out", "pieces")
+            break
+        except Killed:
+            pass
+    assert deaths == 5  # no step was made twice
+    for path in Path("whole").glob("*.pt"):
+        one, two = load_ticket(path), load_ticket(Path("pieces", path.name))
+        assert fingerprint(one) == fingerprint(two) and one["results"] == two["results"]
+    whole, pieces = ([row | {"seconds": 0} for row in table(Path(folder))] for folder in ("whole", "pieces"))
+    assert whole == pieces and not list(Path("pieces").glob("*.training.pt"))
+
+
+def test_an_unfinished_round_of_another_config_is_not_gone_on_with(finished, run, dying, tmp_path):
+    dying(3)
+    with pytest.raises(Killed):
+        run(*QUICK, "--rounds", 1, "--lr", .5, "--out", "theirs")
+    Path("ours").mkdir()
+    shutil.copy("theirs/r1.training.pt", "ours")
+    dying(0)
+    run(*QUICK, "--rounds", 1, "--out", "ours")
+    run(*QUICK, "--rounds", 1, "--out", "theirs", "--overwrite")
+    for folder in ("ours", "theirs"):
+        assert not Path(folder, "r1.training.pt").exists()
+        assert fingerprint(load_ticket(f"{folder}/r1.pt")) == fingerprint(load_ticket(finished / "r1.pt"))
+
+
+def test_a_run_whose_config_still_names_sparse_goes_on(finished, run):
+    shutil.copytree(finished, "masks")
+    config = files.load("masks/config.json")
+    assert "sparse" not in config
+    files.save("masks/config.json", config | {"sparse": "auto"})
+    run(*QUICK, "--rounds", 3, "--sparse", "off")
+    assert files.load("masks/config.json") == config and same_masks(masks_in(Path("masks")), masks_in(finished))
+
+
 def test_one_seed_fixes_everything_and_another_changes_it(finished, tmp_path, run):
     run(*QUICK, "--rounds", 2, "--seeds", 0, 1, "--out", "masks")
     zero, one = masks_in(tmp_path / "masks" / "seed0"), masks_in(tmp_path / "masks" / "seed1")
@@ -169,7 +240,7 @@ def test_one_seed_fixes_everything_and_another_changes_it(finished, tmp_path, ru
 
 
 def test_another_command_into_the_folder_is_refused_and_named(finished, run):
-    with pytest.raises(common.UserError, match="lr 0.02 -> 0.5"):
+    with pytest.raises(UserError, match="lr 0.02 -> 0.5"):
         run(*QUICK, "--rounds", 3, "--lr", .5, "--out", finished)
 
 
@@ -195,8 +266,10 @@ def test_start_goes_on_from_a_mask_and_rewind_moves_the_initial_state(finished, 
     assert all((end[name] <= start[name]).all() for name in start)
     run(*QUICK, "--rewind", 1, "--rounds", 1, "--out", "late")
     assert [int(r["training_points"]) for r in table(tmp_path / "late")] == [200, 600]
-    late = tickets.load_mask(tmp_path / "late" / "r1.pt")["init"]
-    assert not torch.equal(late["conv1.weight"], tickets.load_mask(finished / "r1.pt")["init"]["conv1.weight"])
+    with pytest.raises(UserError, match="of round 2 already"):
+        run(*QUICK, "--start", finished / "r2.pt", "--rounds", 1, "--out", "back")
+    late = load_ticket(tmp_path / "late" / "r1.pt")["init"]
+    assert not torch.equal(late["conv1.weight"], load_ticket(finished / "r1.pt")["init"]["conv1.weight"])
 
 
 def test_start_takes_a_torch_prune_state_dict(tmp_path, run):
@@ -206,7 +279,7 @@ def test_start_takes_a_torch_prune_state_dict(tmp_path, run):
         torch_prune.random_unstructured(layer, "weight", amount=.5)
     torch.save(layers.state_dict(), tmp_path / "theirs.pt")
     run(*QUICK, "--start", "theirs.pt", "--rounds", 1, "--out", "masks")
-    ours = tickets.load_mask(tmp_path / "masks" / "r0.pt")
+    ours = load_ticket(tmp_path / "masks" / "r0.pt")
     assert torch.equal(ours["masks"]["conv2.weight"], layers[1].weight_mask.bool())
     assert torch.equal(ours["init"]["linear.weight"], layers[3].weight_orig)
 
@@ -219,15 +292,6 @@ def test_plot_and_compare(finished, tmp_path, run, capsys):
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"prune.png", "compare.csv", "compare.png"}
 
 
-def test_a_script_and_common_alone_work_in_an_empty_folder(tmp_path):
-    for name in ("prune.py", "common.py", "ranks.py", "splits.py", "tickets.py"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / "data").symlink_to(ROOT / "data")
-    done = subprocess.run([sys.executable, "prune.py", *map(str, QUICK), "--rounds", "1"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("arguments, message", [
     (("--rate", 0), "--rate 0"), (("--rate", 1), "--rate 1"), (("--rate", -.1), "--rate"), (("--rounds", 0), "'0'"),
     (("--rounds", -3), "'-3'"), (("--dataset", "nowhere"), "nowhere"), (("--ipc", 7), "ipc 7"),
@@ -238,7 +302,7 @@ def test_a_script_and_common_alone_work_in_an_empty_folder(tmp_path):
 def test_bad_input_is_named_before_anything_is_written(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no download
-    with pytest.raises(common.UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         prune.main([str(a) for a in arguments])
     assert not (tmp_path / "masks").exists()
 
@@ -250,7 +314,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(refused):
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04"])
 def test_files_that_are_no_masks(content, run, tmp_path):
     (tmp_path / "bad.pt").write_bytes(content)
-    with pytest.raises(common.UserError, match="bad.pt"):
+    with pytest.raises(UserError, match="bad.pt"):
         run(*QUICK, "--start", "bad.pt")
 
 
@@ -264,16 +328,16 @@ class Net(torch.nn.Sequential):
         self.register_buffer("barred", torch.full((2,), -torch.inf))
 """)
     prune.main(["--dataset", "digits", "--data", "real", "--model", "ownnet:Net", "--rounds", "1", "--epochs", "1"])
-    assert tickets.load_mask("masks/r1.pt")["round"] == 1
+    assert load_ticket("masks/r1.pt")["round"] == 1
 
 
 def test_mask_of_another_network(finished, run):
-    with pytest.raises(common.UserError, match="another network"):
+    with pytest.raises(UserError, match="another network"):
         run(*QUICK, "--start", finished / "r1.pt", "--model", "resnet10", "--out", "masks")
 
 
 def test_a_loss_that_becomes_nan_names_round_epoch_and_step(run, tmp_path):
-    with pytest.raises(common.UserError, match=r"round 1: .* epoch \d+, step \d+"):
+    with pytest.raises(UserError, match=r"round 1: .* epoch \d+, step \d+"):
         run(*QUICK, "--norm", "none", "--lr", 1e8)
     assert (tmp_path / "masks" / "r0.pt").exists() and not (tmp_path / "masks" / "r1.pt").exists()
 
@@ -284,3 +348,53 @@ def test_full_disk_leaves_finished_rounds_intact(tmp_path):
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "cannot write" in done.stderr and "Traceback" not in done.stderr
     assert len(masks_in(tmp_path / "masks")) == 3 and not list((tmp_path / "masks").glob(".*"))
+
+
+# ---------------------------------------------------------------- as a library
+
+
+@pytest.fixture
+def own():
+    """A network of 36 + 576 prunable weights, and 40 images for it."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 4))
+    return network, Split(torch.randn(40, 1, 8, 8, generator=random_stream(0)), torch.arange(40) % 4)
+
+
+def test_find_masks_of_an_own_network_and_tensors(own, tmp_path):
+    network, split = own
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    out = str(tmp_path / "masks")
+    rows = prune.find_masks(network, split, out, rounds=2, epochs=3, batch_size=16)
+    ticket = load_ticket(f"{out}/r2.pt", model=network)
+    assert [row["remaining"] for row in rows] == [612, 490, 392] and zeros(ticket["masks"]) == 612 - 392
+    assert ticket["results"]["training_points"] == 2 * 3 * 40
+    for state in (network.state_dict(), ticket["init"]):
+        assert all(torch.equal(value, state[name]) for name, value in before.items())
+    assert prune.find_masks(network, split, out, rounds=2, epochs=3, batch_size=16) == rows
+    with pytest.raises(UserError, match="model None"):
+        load_ticket(f"{out}/r2.pt")
+    with pytest.raises(UserError, match="another network"):
+        load_ticket(f"{out}/r2.pt", model=torch.nn.Linear(144, 4))
+
+
+def test_find_masks_refuses_what_is_not_the_run_in_its_folder(own, tmp_path):
+    network, split = own
+    settings = dict(rounds=1, epochs=1, augment="none", cutmix=0)
+    prune.find_masks(network, split, tmp_path, **settings)
+    with pytest.raises(UserError, match="data_sha"):
+        prune.find_masks(network, split.subset(torch.arange(30)), tmp_path, **settings)
+    with pytest.raises(UserError, match="lr 0.01 -> 0.1"):
+        prune.find_masks(network, split, tmp_path, lr=.1, **settings)
+    with pytest.raises(UserError, match="no setting 'epoch'"):
+        prune.find_masks(network, split, tmp_path, epoch=1)
+    with pytest.raises(UserError, match="real="):
+        prune.find_masks(network, split, tmp_path, evaluate=[1], **settings)
+
+
+def test_evaluating_leaves_random_masks_and_their_weights_alone(own, tmp_path):
+    network, split = own
+    rows = prune.find_masks(network, None, tmp_path, (split, split), evaluate=(0,), rounds=1, eval_epochs=1,
+                            rewind_what="weights")
+    init = load_ticket(tmp_path / "r1.pt", model=network)["init"]
+    assert 0 <= rows[0]["test_accuracy"] <= 1 and rows[1]["test_accuracy"] == ""
+    assert all(torch.equal(value, init[name]) for name, value in network.state_dict().items())
