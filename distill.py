@@ -310,7 +310,7 @@ def distill(real, config, out, budget=math.inf):
             except UserError:
                 save_run(run, out, config)
                 raise
-            run.minutes = float(ranks.first_says((time.monotonic() - started) / 60))
+            run.minutes = float(ranks.broadcast((time.monotonic() - started) / 60))
             bar.total = int(min(total, len(run.losses) * budget / run.minutes))  # what will be done, for the time left
             bar.set_postfix(loss=f"{run.losses[-1]:.4g}", refresh=False)
             bar.update()

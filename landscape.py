@@ -122,7 +122,7 @@ def survey(path, planes, grids, scorers, permits, about, earlier=None):
     """
     size = len(grids[0][0])
     coefficients = np.stack([np.concatenate([probes(plane), plane.grid(*grid)]) for plane, grid in zip(planes, grids)])
-    coefficients = ranks.first_says(coefficients).numpy()  # those of two machines may differ by rounding
+    coefficients = ranks.broadcast(coefficients).numpy()  # those of two machines may differ by rounding
     scores, done = earlier or (np.full((*coefficients.shape[:2], 3), np.nan), np.zeros(coefficients.shape[:2], bool))
     for s, permit in enumerate(permits):
         done[s] |= ~permit(coefficients[s])
@@ -160,7 +160,7 @@ def score_level(level, coefficients, scorer, scores, done, progress):
         start = time.monotonic()
         scores[part] = score_together(scorer, coefficients[part])
         done[part] = True
-        seconds = float(ranks.first_says(time.monotonic() - start))
+        seconds = float(ranks.broadcast(time.monotonic() - start))
         batch = int(np.clip(10 * len(part) / count / max(seconds, 1e-3), 1, 64))
         progress(len(part))
 

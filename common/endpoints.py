@@ -66,6 +66,8 @@ def train_endpoint(path, about, init, start, last, split, recipe, generator):
     """
     model = build_network(about["config"]).to(split.labels.device)
     model.load_state_dict(init)
+    if start and "training" not in start:  # of an earlier version, saved between two epochs
+        start = start | {"training": {"epoch": start["epochs_done"], "momenta": start["momenta"], "losses": None}}
     if start and start["order"] != about["order"]:
         start = start | {"generator": generator.get_state()}
     now = training.train_saved(path, about, path.stem, model, split, recipe, generator, about["masks"], last, start)

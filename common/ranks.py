@@ -133,7 +133,7 @@ def wait():
     sum_over_ranks_(torch.zeros(1))
 
 
-def first_says(value):
+def broadcast(value):
     """The first rank's value as a float64 tensor, for what all must decide alike."""
     value = torch.as_tensor(value, dtype=torch.float64)
     return sum_over_ranks_(torch.zeros_like(value) if current().rank else value)

@@ -206,6 +206,18 @@ def test_orders_share_their_first_epochs_and_the_schedule(tmp_path):
     assert not torch.equal(shared[0]["conv1.weight"], shared[1]["conv1.weight"])
 
 
+def test_what_earlier_versions_began_is_gone_on_with(tmp_path):
+    ticket = make_ticket()
+    whole = trained(tmp_path, ticket, 1, shared=1)["state"]
+    [begun], [finished] = (list(tmp_path.rglob(name)) for name in ("r3_epoch1.pt", "r3_order1.pt"))
+    held = files.load(begun)
+    held["momenta"] = held.pop("training")["momenta"]
+    files.save(begun, held)
+    finished.unlink()
+    again = trained(tmp_path, ticket, 1, shared=1)["state"]
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
 # ---------------------------------------------------------------- the command
 
 
