@@ -389,13 +389,10 @@ def draw_comparison(rows, last, folders, path):
 
 
 def rate(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
+    """argparse type: a number between 0 and 1."""
+    if not 0 < float(text) < 1:
         raise UserError(f"--rate {text}: must lie between 0 and 1, both excluded")
-    return value
+    return float(text)
 
 
 def parse(argv=None):

@@ -191,7 +191,7 @@ def dying(monkeypatch):
 
 
 def test_killed_again_and_again_within_rounds_it_ends_with_the_same_bits(run, dying):
-    # An epoch has 4 steps and is saved 5 times: a rewind point of 1 epoch, 2 rounds and an evaluation of 2 are 35 saves.
+    # An epoch has 4 steps and is saved 5 times: the rewind point of 1, the rounds and the evaluation of 2: 35 saves.
     command = [*QUICK, "--rewind", 1, "--rounds", 2, "--evaluate", 2]
     run(*command, "--out", "whole")
     for deaths in range(10):
@@ -356,8 +356,9 @@ def test_full_disk_leaves_finished_rounds_intact(tmp_path):
 @pytest.fixture
 def own():
     """A network of 36 + 576 prunable weights, and 40 images for it."""
-    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 4))
-    return network, Split(torch.randn(40, 1, 8, 8, generator=random_stream(0)), torch.arange(40) % 4)
+    layers = torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 4)
+    images = torch.randn(40, 1, 8, 8, generator=random_stream(0))
+    return torch.nn.Sequential(*layers), Split(images, torch.arange(40) % 4)
 
 
 def test_find_masks_of_an_own_network_and_tensors(own, tmp_path):
