@@ -1,18 +1,22 @@
-// The schemas of all dense ops of the namespace `lottery` and their CPU implementations; ops.py documents each beside
-// its PyTorch reference. cuda/*.cu and cpu/sparse_conv.cpp register their own.
-#include <Python.h>
+// The Python module, the schemas of all ops of the namespace `lottery`, and their CPU implementations. cuda/*.cu, where
+// they are compiled in, register their own. common/kernels/ops.py documents each op beside its PyTorch reference.
+#include <pybind11/pybind11.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include "cpu/ops.h"
+#include "cpu/sparse/sparse_conv.h"
 
-// `import lottery_csrc` after `import torch` is one more way to load the ops. (pybind11 would double this file's
-// compilation.)
-PyMODINIT_FUNC PyInit_lottery_csrc() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "lottery_csrc", "Registers the ops of torch.ops.lottery.", -1};
-  return PyModule_Create(&module);
+// Loading this module registers the ops.
+PYBIND11_MODULE(lottery_csrc, m) {
+  m.attr("version") = "1";
+  m.attr("cuda") = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("lottery::masked_sgd_", "")
+                       .hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  m.def("instruction_set", [] { return lottery::sparse::kernels().instruction_set; });
 }
 
-TORCH_LIBRARY_FRAGMENT(lottery, m) {
+TORCH_LIBRARY(lottery, m) {
   m.def(
       "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor?[] masks, float lr, "
       "float momentum, float dampening, float weight_decay, bool nesterov) -> ()");
@@ -42,14 +46,29 @@ TORCH_LIBRARY_FRAGMENT(lottery, m) {
       "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor mean, "
       "Tensor variance, bool relu, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("bias_relu_(Tensor(a!) x, Tensor bias, Tensor? shortcut) -> ()");
+
+  using lottery::sparse::SparseConv;
+  m.class_<SparseConv>("SparseConv")
+      .def(torch::init<const at::Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t>(), "",
+           {torch::arg("mask"), torch::arg("height"), torch::arg("width"), torch::arg("halo"), torch::arg("stride"),
+            torch::arg("padding")})
+      .def("positions", [](const c10::intrusive_ptr<SparseConv>& conv) { return conv->positions(); });
+  m.def("sparse_lanes() -> int", &lottery::sparse::lanes);
+  m.def("sparse_blocked(Tensor x, int halo) -> Tensor");
+  m.def("sparse_unblocked(Tensor y, int halo, int images) -> Tensor");
+  m.def(
+      "sparse_conv_forward(__torch__.torch.classes.lottery.SparseConv conv, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor? gamma, Tensor? beta, Tensor? residual, int norm, float eps, bool relu, int pool, int halo, int images, "
+      "bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sparse_conv_backward(__torch__.torch.classes.lottery.SparseConv conv, Tensor dy, Tensor x, Tensor y, Tensor z, "
+      "Tensor mean, Tensor rstd, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, bool residual, int norm, "
+      "bool relu, int pool, int halo, int images, bool wants_input) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(lottery, CPU, m) {
-  m.impl("masked_sgd_", [](at::TensorList params, at::TensorList grads, at::TensorList momenta,
-                           const c10::List<std::optional<at::Tensor>>& masks, double lr, double momentum,
-                           double dampening, double weight_decay, bool nesterov) {
-    lottery::masked_sgd_(params, grads, momenta, masks.vec(), lr, momentum, dampening, weight_decay, nesterov);
-  });
+  m.impl("masked_sgd_", &lottery::masked_sgd_);
   m.impl("combine_", &lottery::combine_);
   m.impl("cross_entropy_top1", &lottery::cross_entropy_top1);
   m.impl("norm_relu_pool", &lottery::norm_relu_pool);
@@ -64,4 +83,8 @@ TORCH_LIBRARY_IMPL(lottery, CPU, m) {
   m.impl("batch_norm_relu", &lottery::batch_norm_relu);
   m.impl("batch_norm_relu_backward", &lottery::batch_norm_relu_backward);
   m.impl("bias_relu_", &lottery::bias_relu_);
+  m.impl("sparse_blocked", &lottery::sparse::blocked);
+  m.impl("sparse_unblocked", &lottery::sparse::unblocked);
+  m.impl("sparse_conv_forward", &lottery::sparse::conv_forward);
+  m.impl("sparse_conv_backward", &lottery::sparse::conv_backward);
 }

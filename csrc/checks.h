@@ -1,6 +1,7 @@
 // The checks that the CPU and the CUDA launchers share. Each refuses with the offending value.
 #pragma once
 #include <ATen/Dispatch.h>
+#include <ATen/ceil_div.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -19,7 +20,9 @@
 
 namespace lottery {
 
+using at::ceil_div;
 using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // The type a sum over elements of type `t` is taken in: double for double, else float.
 inline at::ScalarType accumulation_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
@@ -43,7 +46,7 @@ struct SgdTensor {
 };
 
 inline std::vector<SgdTensor> check_masked_sgd(at::TensorList params, at::TensorList grads, at::TensorList momenta,
-                                               at::ArrayRef<std::optional<Tensor>> masks) {
+                                               at::ArrayRef<OptionalTensor> masks) {
   const size_t count = params.size();
   TORCH_CHECK(grads.size() == count && momenta.size() == count && masks.size() == count,
               "masked_sgd_: lists of equal length wanted, got ", count, " params, ", grads.size(), " grads, ",
@@ -52,7 +55,7 @@ inline std::vector<SgdTensor> check_masked_sgd(at::TensorList params, at::Tensor
   tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     const Tensor &p = params[i], &g = grads[i], &m = momenta[i];
-    const std::optional<Tensor>& mask = masks[i];
+    const OptionalTensor& mask = masks[i];
     const auto type = p.scalar_type();
     TORCH_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
                 "masked_sgd_: params are float32, float16 or bfloat16, param ", i, " is ", type);
@@ -97,7 +100,7 @@ inline void copy_back(const std::vector<SgdTensor>& tensors) {
 }
 
 inline void check_combine(const Tensor& points, const Tensor& states, const Tensor& coefficients,
-                          const std::optional<Tensor>& keep) {
+                          const OptionalTensor& keep) {
   TORCH_CHECK(states.dim() == 2 && coefficients.dim() == 2 && points.dim() == 2,
               "combine_: points [K, P], states [M, P], coefficients [K, M] wanted, got ", points.sizes(), ", ",
               states.sizes(), ", ", coefficients.sizes());
@@ -151,17 +154,20 @@ inline void check_norm_relu_pool(const Tensor& x, const Tensor& weight, const Te
   TORCH_CHECK(x.size(2) >= 2 && x.size(3) >= 2, "norm_relu_pool: planes of at least 2 x 2 wanted, got ", x.sizes());
 }
 
+// A tensor that goes with others: of this type and shape, on this device.
+inline void check_like(const char* what, const Tensor& t, at::ScalarType type, at::IntArrayRef sizes,
+                       at::Device device) {
+  TORCH_CHECK(t.scalar_type() == type && t.sizes() == sizes && t.device() == device, what, " is ", type, " ", sizes,
+              " on ", device, ", got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
+}
+
 inline void check_norm_relu_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
                                           const Tensor& mean, const Tensor& rstd) {
   check_norm_relu_pool(x, weight, bias);
   const std::array<int64_t, 4> pooled = {x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2};
-  TORCH_CHECK(grad.sizes() == at::IntArrayRef(pooled) && grad.scalar_type() == x.scalar_type(),
-              "norm_relu_pool_backward: grad is ", x.scalar_type(), " ", at::IntArrayRef(pooled), ", got ",
-              grad.scalar_type(), " ", grad.sizes());
+  check_like("norm_relu_pool_backward: grad", grad, x.scalar_type(), pooled, x.device());
   for (const Tensor* t : {&mean, &rstd})
-    TORCH_CHECK(t->sizes() == x.sizes().slice(0, 2) && t->scalar_type() == weight.scalar_type(),
-                "norm_relu_pool_backward: mean and rstd are ", weight.scalar_type(), " ", x.sizes().slice(0, 2),
-                ", got ", t->scalar_type(), " ", t->sizes());
+    check_like("norm_relu_pool_backward: mean and rstd", *t, weight.scalar_type(), x.sizes().slice(0, 2), x.device());
 }
 
 // Returns the convolution's output height and width.
@@ -178,6 +184,19 @@ inline std::array<int64_t, 2> check_conv_norm_relu_pool(const Tensor& x, const T
   TORCH_CHECK(height >= 2 && width >= 2, "conv_norm_relu_pool: the convolution's output is ", height, " x ", width,
               ", at least 2 x 2 wanted");
   return {height, width};
+}
+
+inline std::array<int64_t, 2> check_conv_norm_relu_pool_backward(const Tensor& grad, const Tensor& x,
+                                                                 const Tensor& kernel, const Tensor& weight,
+                                                                 const Tensor& bias, const Tensor& mean,
+                                                                 const Tensor& rstd, int64_t padding) {
+  const auto plane = check_conv_norm_relu_pool(x, kernel, weight, bias, padding);
+  const std::array<int64_t, 4> pooled = {x.size(0), kernel.size(0), plane[0] / 2, plane[1] / 2};
+  const std::array<int64_t, 2> statistics = {x.size(0), kernel.size(0)};
+  check_like("conv_norm_relu_pool_backward: grad", grad, x.scalar_type(), pooled, x.device());
+  for (const Tensor* t : {&mean, &rstd})
+    check_like("conv_norm_relu_pool_backward: mean and rstd", *t, weight.scalar_type(), statistics, x.device());
+  return plane;
 }
 
 inline std::array<int64_t, 2> check_conv_norm_relu_pool_points(const Tensor& x, const Tensor& kernels,
@@ -215,6 +234,13 @@ inline void check_conv3x3(const Tensor& x, const Tensor& kernel) {
               "conv3x3: x is [N, I, H, W] ", x.sizes(), ", the kernel does not fit it: ", kernel.sizes());
 }
 
+inline void check_conv3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel) {
+  check_conv3x3(x, kernel);
+  TORCH_CHECK(kernel.dim() == 4, "conv3x3_backward: a transformed kernel has no gradient");
+  const std::array<int64_t, 4> sizes = {x.size(0), kernel.size(0), x.size(2), x.size(3)};
+  check_like("conv3x3_backward: grad", grad, at::kFloat, sizes, x.device());
+}
+
 inline void check_conv3x3_norm_relu_pool(const Tensor& x, const Tensor& kernel, const Tensor& weight,
                                          const Tensor& bias) {
   TORCH_CHECK(kernel.dim() == 3, "conv3x3_norm_relu_pool: a kernel from conv3x3_kernel wanted, got ", kernel.sizes());
@@ -226,7 +252,7 @@ inline void check_conv3x3_norm_relu_pool(const Tensor& x, const Tensor& kernel, 
 
 // `added`: of x's shape, or none
 inline void check_batch_norm_relu(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                  const std::optional<Tensor>& added) {
+                                  const OptionalTensor& added) {
   check_norm("batch_norm_relu", x, x.dim() == 4 ? x.size(1) : 0, weight, bias);
   TORCH_CHECK(x.scalar_type() == at::kFloat, "batch_norm_relu: float32 wanted, got ", x.scalar_type());
   TORCH_CHECK(x.numel() > 0, "batch_norm_relu: no values to take statistics of, ", x.sizes());
@@ -235,7 +261,16 @@ inline void check_batch_norm_relu(const Tensor& x, const Tensor& weight, const T
                 "batch_norm_relu: float32 ", x.sizes(), " wanted, got ", added->scalar_type(), " ", added->sizes());
 }
 
-inline void check_bias_relu(const Tensor& x, const Tensor& bias, const std::optional<Tensor>& shortcut) {
+inline void check_batch_norm_relu_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& y,
+                                           const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                           const Tensor& variance) {
+  check_batch_norm_relu(x, weight, bias, y);
+  check_like("batch_norm_relu_backward: grad", grad, at::kFloat, x.sizes(), x.device());
+  for (const Tensor* t : {&mean, &variance})
+    check_like("batch_norm_relu_backward: mean and variance", *t, at::kFloat, weight.sizes(), x.device());
+}
+
+inline void check_bias_relu(const Tensor& x, const Tensor& bias, const OptionalTensor& shortcut) {
   TORCH_CHECK(x.dim() == 4 && is_floating(x.scalar_type()), "bias_relu_: x floating [N, C, H, W] wanted, got ",
               x.scalar_type(), " ", x.sizes());
   TORCH_CHECK(x.is_contiguous() || x.is_contiguous(at::MemoryFormat::ChannelsLast),

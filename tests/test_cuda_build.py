@@ -1,4 +1,5 @@
 """What nvcc alone can tell of the CUDA half: it compiles, no kernel spills, memory is moved 16 bytes at a time."""
+import importlib
 import importlib.util
 import os
 import re
@@ -9,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import ops
+from common.kernels import build
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc" / "kernels"
 INSTANCES = """
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include "bias_relu.cuh"
 #include "combine.cuh"
-#include "epilogue.cuh"
-#include "loss.cuh"
-#include "norm.cuh"
-#include "sgd.cuh"
+#include "cross_entropy_top1.cuh"
+#include "masked_sgd.cuh"
+#include "norm_relu_pool.cuh"
 namespace lottery {
 #define INSTANTIATE(T, A) \\
   template __global__ void norm_relu_pool_kernel<T, A, 32>(const T*, const A*, const A*, T*, A*, A*, long long, int, \\
@@ -89,6 +90,6 @@ def test_memory_bound_kernels_move_16_bytes_at_a_time(instances):
 
 def test_setup_built_the_launchers_for_cuda_too():
     """setup.py compiles csrc/cuda/*.cu for sm_80 and sm_90 when nvcc is there; the library loads without a GPU."""
-    if ops.prebuilt() is None or os.environ.get("FORCE_CUDA") == "0" or torch.version.cuda is None:
+    if build.prebuilt() is None or os.environ.get("FORCE_CUDA") == "0" or torch.version.cuda is None:
         pytest.skip("needs python setup.py build_ext --inplace")
-    assert ops.load() and ops.runs_on("cuda")
+    assert importlib.import_module(build.NAME).cuda

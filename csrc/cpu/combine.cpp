@@ -2,9 +2,8 @@
 // Each slice of the states is read from memory once and serves all K points from cache.
 #include <ATen/Parallel.h>
 
-#include "../checks.h"
-#include "clones.h"
 #include "ops.h"
+#include "vector.h"
 
 namespace lottery {
 namespace {
@@ -22,7 +21,7 @@ CLONES void combine_slice(float* point, const float* states, int64_t stride, con
 
 }  // namespace
 
-void combine_(Tensor points, const Tensor& states_, const Tensor& coefficients_, const std::optional<Tensor>& keep_) {
+void combine_(Tensor points, const Tensor& states_, const Tensor& coefficients_, const OptionalTensor& keep_) {
   check_combine(points, states_, coefficients_, keep_);
   const Tensor states = states_.contiguous(), coefficients = coefficients_.contiguous();
   const Tensor keep = keep_ ? keep_->contiguous() : Tensor();
@@ -30,7 +29,7 @@ void combine_(Tensor points, const Tensor& states_, const Tensor& coefficients_,
   float* out = points.mutable_data_ptr<float>();
   const float *s = states.const_data_ptr<float>(), *c = coefficients.const_data_ptr<float>();
   const uint8_t* mask = keep.defined() ? bytes(keep) : nullptr;
-  at::parallel_for(0, (size + kSlice - 1) / kSlice, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, ceil_div(size, kSlice), 1, [&](int64_t begin, int64_t end) {
     for (int64_t start = begin * kSlice; start < std::min(end * kSlice, size); start += kSlice)
       for (int64_t k = 0; k < points.size(0); ++k)
         combine_slice(out + k * size + start, s + start, size, c + k * count, count, mask ? mask + start : nullptr,

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "../kernels/scalar.cuh"
-#include "clones.h"
+#include "vector.h"
 
 namespace lottery {
 
@@ -15,6 +15,8 @@ constexpr int kGroup = 16;
 
 struct Plane {
   int64_t height, width;
+  int64_t size() const { return height * width; }
+  int64_t pooled_size() const { return height / 2 * (width / 2); }
 };
 
 template <class A>
@@ -37,7 +39,7 @@ INLINE void sum_over(int64_t size, int n, A* total, const F& f) {
 
 template <class T, class A>
 INLINE void statistics(const T* x, int64_t pitch, Plane plane, int n, A eps, A* mean, A* rstd) {
-  const int64_t size = plane.height * plane.width;
+  const int64_t size = plane.size();
   A sum[kGroup], square[kGroup];
   sum_over(size, n, sum, [&](int64_t p, int c) INLINE_LAMBDA { return A(x[p * pitch + c]); });
   for (int c = 0; c < n; ++c) mean[c] = sum[c] / A(size);
@@ -82,7 +84,7 @@ INLINE void pool_and_norm_backward(const U* grad, int64_t grad_pitch, const T* x
         sum_normal[c] += g0 * f.normal(x0) + g1 * f.normal(x1) + g2 * f.normal(x2) + g3 * f.normal(x3);
       }
     }
-  const A size = A(plane.height * plane.width);
+  const A size = A(plane.size());
   for (int c = 0; c < n; ++c) {
     dbias[c] = sum[c];
     dweight[c] = sum_normal[c];

@@ -1,15 +1,11 @@
-// The ops of the CPU, for bindings.cpp to register. Their files include neither torch/library.h nor ATen/ops/, which
-// would add seconds to the compilation of each.
+// The dense ops of the CPU, for bindings.cpp to register, and how they lay out their results. Their files include
+// neither torch/library.h nor ATen/ops/, which would add seconds to the compilation of each.
 #pragma once
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <tuple>
 
-namespace lottery {
+#include "../checks.h"
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+namespace lottery {
 
 void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momenta,
                  at::ArrayRef<OptionalTensor> masks, double lr, double momentum, double dampening, double weight_decay,

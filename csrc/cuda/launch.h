@@ -13,7 +13,7 @@ inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().
 
 // Blocks for `work` items at `per_block`, no more than fill a GPU several times over: the kernels stride.
 inline unsigned blocks_for(int64_t work, int64_t per_block) {
-  return unsigned(std::max<int64_t>(1, std::min<int64_t>((work + per_block - 1) / per_block, 1 << 14)));
+  return unsigned(std::max<int64_t>(1, std::min<int64_t>(ceil_div(work, per_block), 1 << 14)));
 }
 
 }  // namespace lottery

@@ -21,16 +21,19 @@ HOST_DEVICE void sgd(float& p, float g, float& m, bool keep, const SgdStep& s) {
 // Whether logit v takes the place of the best one so far, as torch.argmax: the first of equals, and NaN above all.
 HOST_DEVICE bool better(float v, float best) { return v > best || (v != v && best == best); }
 
+// NaN passes, as in torch.relu.
+template <class A>
+HOST_DEVICE A relu(A z) {
+  return z < A(0) ? A(0) : z;
+}
+
 // Instance norm followed by ReLU, for one element x of a channel with these statistics.
 template <class A>
 struct Channel {
   A mean, rstd, weight, bias;
   HOST_DEVICE A normal(A x) const { return (x - mean) * rstd; }
   HOST_DEVICE A affine(A x) const { return normal(x) * weight + bias; }
-  HOST_DEVICE A forward(A x) const {
-    const A z = affine(x);
-    return z < A(0) ? A(0) : z;  // NaN passes, as in torch.relu
-  }
+  HOST_DEVICE A forward(A x) const { return relu(affine(x)); }
   // The gradient that reaches the affine output, from the gradient behind the ReLU.
   HOST_DEVICE A through_relu(A x, A grad) const { return affine(x) > A(0) ? grad : A(0); }
   // The gradient of x, from that of the affine output and its two means over the plane: of itself, and times normal(x).

@@ -3,11 +3,11 @@
 #define SIMT_CPU
 #include "simt.h"
 //
+#include "../../csrc/kernels/bias_relu.cuh"
 #include "../../csrc/kernels/combine.cuh"
-#include "../../csrc/kernels/epilogue.cuh"
-#include "../../csrc/kernels/loss.cuh"
-#include "../../csrc/kernels/norm.cuh"
-#include "../../csrc/kernels/sgd.cuh"
+#include "../../csrc/kernels/cross_entropy_top1.cuh"
+#include "../../csrc/kernels/masked_sgd.cuh"
+#include "../../csrc/kernels/norm_relu_pool.cuh"
 
 using namespace lottery;
 
@@ -248,7 +248,7 @@ void test_bias_relu(int channels, int inner, bool channels_last, bool with_short
   std::vector<double> want(size);
   for (int i = 0; i < size; ++i)
     want[i] = std::max(0., x[i] + bias[(channels_last ? i : i / inner) % channels] + (with_shortcut ? shortcut[i] : 0));
-  LAUNCH((bias_relu_kernel<T, A, unsigned>), 3, kEpilogueThreads, 0, 0, x.data, (const T*)bias.data,
+  LAUNCH((bias_relu_kernel<T, A, unsigned>), 3, kBiasReluThreads, 0, 0, x.data, (const T*)bias.data,
          (const T*)(with_shortcut ? shortcut.data : nullptr), unsigned(size), unsigned(channels),
          unsigned(channels_last ? 1 : inner));
   double error = 0;

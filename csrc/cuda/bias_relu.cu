@@ -1,11 +1,11 @@
 // Launcher of bias_relu_.
-#include "../kernels/epilogue.cuh"
+#include "../kernels/bias_relu.cuh"
 #include "launch.h"
 
 namespace lottery {
 namespace {
 
-void bias_relu_(Tensor x, const Tensor& bias_, const std::optional<Tensor>& shortcut_) {
+void bias_relu_(Tensor x, const Tensor& bias_, const OptionalTensor& shortcut_) {
   check_bias_relu(x, bias_, shortcut_);
   if (x.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(x.device());
@@ -17,7 +17,7 @@ void bias_relu_(Tensor x, const Tensor& bias_, const std::optional<Tensor>& shor
     using A = Accumulator<scalar_t>;
     const auto launch = [&](auto index) {
       using I = decltype(index);
-      LAUNCH((bias_relu_kernel<scalar_t, A, I>), blocks_for(size, kPack<scalar_t> * kEpilogueThreads), kEpilogueThreads,
+      LAUNCH((bias_relu_kernel<scalar_t, A, I>), blocks_for(size, kPack<scalar_t> * kBiasReluThreads), kBiasReluThreads,
              0, current_stream(), x.mutable_data_ptr<scalar_t>(), bias.const_data_ptr<scalar_t>(),
              shortcut.defined() ? shortcut.const_data_ptr<scalar_t>() : nullptr, I(size), I(channels), I(inner));
     };

@@ -2,10 +2,9 @@
 // Bytes moved per float32 weight: param and momentum read and written, grad and mask read: 21 (20 without a mask).
 #include <ATen/Parallel.h>
 
-#include "../checks.h"
 #include "../kernels/scalar.cuh"
-#include "clones.h"
 #include "ops.h"
+#include "vector.h"
 
 namespace lottery {
 namespace {
@@ -37,7 +36,7 @@ void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList mom
   const auto tensors = check_masked_sgd(params, grads, momenta, masks);
   const SgdStep step{float(lr), float(momentum), float(dampening), float(weight_decay), nesterov};
   std::vector<int64_t> first_chunk{0};
-  for (const auto& t : tensors) first_chunk.push_back(first_chunk.back() + (t.param.numel() + kChunk - 1) / kChunk);
+  for (const auto& t : tensors) first_chunk.push_back(first_chunk.back() + ceil_div(t.param.numel(), kChunk));
   at::parallel_for(0, first_chunk.back(), 8, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(first_chunk.begin(), first_chunk.end(), begin) - first_chunk.begin() - 1;
     for (int64_t chunk = begin; chunk < end; ++chunk) {

@@ -4,9 +4,8 @@
 // pools it; the backward pass computes it again instead of storing it.
 #include <ATen/Parallel.h>
 
-#include <cstring>
+#include <vector>
 
-#include "../checks.h"
 #include "norm_group.h"
 #include "ops.h"
 
@@ -16,10 +15,7 @@ namespace {
 constexpr int kRun = 4;   // neighbouring positions whose sums are held in registers
 constexpr int kTaps = 6;  // taps whose weight gradients are held in registers
 
-template <class A>
-struct Vec {  // half a group of channels
-  typedef A type __attribute__((vector_size(kGroup / 2 * sizeof(A)), aligned(sizeof(A))));
-};
+constexpr int kVec = kGroup / 2;
 
 // The image with its padding, and where in it each tap of the kernel looks.
 template <class A>
@@ -48,7 +44,7 @@ struct Padded {
 // before.
 template <class A, int run>
 INLINE void convolve(const Padded<A>& image, const A* kernel, Plane plane, A* out) {
-  using V = typename Vec<A>::type;
+  using V = Vec<A, kVec>;
   const int64_t taps = image.taps.size();
   for (int64_t y = 0; y < plane.height; ++y)
     for (int64_t start = 0; start < plane.width; start += run) {
@@ -56,32 +52,33 @@ INLINE void convolve(const Padded<A>& image, const A* kernel, Plane plane, A* ou
       const A* pixel = &image.pixels[y * image.width + x];
       V sum[run][2] = {};
       for (int64_t t = 0; t < taps; ++t) {
-        const V low = *(const V*)(kernel + t * kGroup), high = *(const V*)(kernel + t * kGroup + kGroup / 2);
+        const V low = vec<kVec>(kernel + t * kGroup), high = vec<kVec>(kernel + t * kGroup + kVec);
         const A* p = pixel + image.taps[t];
         for (int i = 0; i < run; ++i) sum[i][0] += p[i] * low, sum[i][1] += p[i] * high;
       }
-      V* to = (V*)(out + (y * plane.width + x) * kGroup);
-      for (int i = 0; i < run; ++i) to[2 * i] = sum[i][0], to[2 * i + 1] = sum[i][1];
+      A* to = out + (y * plane.width + x) * kGroup;
+      for (int i = 0; i < run; ++i, to += kGroup) vec<kVec>(to) = sum[i][0], vec<kVec>(to + kVec) = sum[i][1];
     }
 }
 
 // dkernel[tap, :] += sum over positions of image[y, x + tap] * grad[y, x, :], for `count` taps from `first`
 template <class A, int count>
 INLINE void correlate(const Padded<A>& image, const A* grad, Plane plane, int64_t first, A* dkernel) {
-  using V = typename Vec<A>::type;
+  using V = Vec<A, kVec>;
   V sum[count][2] = {};
   const A* tap[count];
   for (int t = 0; t < count; ++t) tap[t] = &image.pixels[image.taps[first + t]];
   for (int64_t y = 0; y < plane.height; ++y)
     for (int64_t x = 0; x < plane.width; ++x) {
-      const V *g = (const V*)(grad + (y * plane.width + x) * kGroup), low = g[0], high = g[1];
+      const A* g = grad + (y * plane.width + x) * kGroup;
+      const V low = vec<kVec>(g), high = vec<kVec>(g + kVec);
       for (int t = 0; t < count; ++t) {
         const A pixel = tap[t][y * image.width + x];
         sum[t][0] += pixel * low, sum[t][1] += pixel * high;
       }
     }
-  V* to = (V*)(dkernel + first * kGroup);
-  for (int t = 0; t < count; ++t) to[2 * t] += sum[t][0], to[2 * t + 1] += sum[t][1];
+  A* to = dkernel + first * kGroup;
+  for (int t = 0; t < count; ++t, to += kGroup) vec<kVec>(to) += sum[t][0], vec<kVec>(to + kVec) += sum[t][1];
 }
 
 template <class A>
@@ -124,8 +121,8 @@ template <int M>
 CLONES void forward_points(const Padded<float>& image, const float* const* kernels, Plane plane, int64_t channels,
                            const float* coefficients, int64_t points, Affine<float> affine, float eps, float* scratch,
                            float* folded, float* pooled, int64_t pooled_step) {
-  using V = Vec<float>::type;
-  const int64_t size = plane.height * plane.width, half_width = plane.width / 2;
+  using V = Vec<float, kVec>;
+  const int64_t size = plane.size(), half_width = plane.width / 2;
   float mean[M][kGroup], covariance[M][M][kGroup];
   for (int m = 0; m < M; ++m) {
     const float* z = scratch + m * size * kGroup;
@@ -157,7 +154,7 @@ CLONES void forward_points(const Padded<float>& image, const float* const* kerne
     for (int64_t k = 0; k < points; ++k) {
       V factor[M + 1][2];
       for (int m = 0; m <= M; ++m)
-        for (int h = 0; h < 2; ++h) factor[m][h] = ((const V*)(folded + (k * (M + 1) + m) * kGroup))[h];
+        for (int h = 0; h < 2; ++h) factor[m][h] = vec<kVec>(folded + (k * (M + 1) + m) * kGroup + h * kVec);
       float* to = pooled + k * pooled_step + i * half_width * channels;
       for (int64_t j = 0; j < half_width; ++j, to += channels) {
         V sum[2] = {};
@@ -165,17 +162,18 @@ CLONES void forward_points(const Padded<float>& image, const float* const* kerne
                           (2 * i + 1) * plane.width + 2 * j, (2 * i + 1) * plane.width + 2 * j + 1})
           for (int h = 0; h < 2; ++h) {
             V a = factor[M][h];
-            for (int m = 0; m < M; ++m) a += factor[m][h] * ((const V*)(scratch + (m * size + p) * kGroup))[h];
+            for (int m = 0; m < M; ++m) a += factor[m][h] * vec<kVec>(scratch + (m * size + p) * kGroup + h * kVec);
             sum[h] += a < 0.f ? V{} : a;  // keeps NaN, as torch does
           }
-        ((V*)to)[0] = sum[0], ((V*)to)[1] = sum[1];
+        vec<kVec>(to) = sum[0], vec<kVec>(to + kVec) = sum[1];
       }
     }
 }
 
 // kernel [C, I, h, w] as [groups of 16 channels, taps, 16], the last group filled up with zeros
 Tensor grouped(const Tensor& kernel) {
-  const int64_t channels = kernel.size(0), taps = kernel.numel() / channels, groups = (channels + kGroup - 1) / kGroup;
+  const int64_t channels = kernel.size(0), taps = kernel.numel() / channels,
+                groups = ceil_div<int64_t>(channels, kGroup);
   Tensor padded = kernel.new_zeros({groups * kGroup, taps});
   padded.slice(0, 0, channels).copy_(kernel.reshape({channels, taps}));
   return padded.view({groups, kGroup, taps}).transpose(1, 2).contiguous();
@@ -199,12 +197,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool(const Tensor& x_, const T
     A *out = pooled.mutable_data_ptr<A>(), *m = mean.mutable_data_ptr<A>(), *r = rstd.mutable_data_ptr<A>();
     at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
       Padded<A> image(x.size(1), x.size(2), x.size(3), kernel_.size(2), kernel_.size(3), padding);
-      std::vector<A> scratch(plane.height * plane.width * kGroup);
+      std::vector<A> scratch(plane.size() * kGroup);
       for (int64_t i = begin; i < end; ++i) {
         image.load(in + i * image_size);
         for (int64_t c = 0; c < channels; c += kGroup)
           forward<A>(image, k + c * taps, plane, channels, int(std::min<int64_t>(kGroup, channels - c)), {w + c, b + c},
-                     A(eps), scratch.data(), out + i * (height / 2) * (width / 2) * channels + c, m + i * channels + c,
+                     A(eps), scratch.data(), out + i * plane.pooled_size() * channels + c, m + i * channels + c,
                      r + i * channels + c);
       }
     });
@@ -216,7 +214,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool_backward(const Tensor& gr
                                                                 const Tensor& kernel_, const Tensor& weight_,
                                                                 const Tensor& bias_, const Tensor& mean_,
                                                                 const Tensor& rstd_, int64_t padding) {
-  const auto [height, width] = check_conv_norm_relu_pool(x_, kernel_, weight_, bias_, padding);
+  const auto [height, width] =
+      check_conv_norm_relu_pool_backward(grad_, x_, kernel_, weight_, bias_, mean_, rstd_, padding);
   const Tensor grad = grad_.contiguous(kChannelsLast), x = x_.contiguous(), kernel = grouped(kernel_),
                weight = weight_.contiguous(), bias = bias_.contiguous(), mean = mean_.contiguous(),
                rstd = rstd_.contiguous();
@@ -235,14 +234,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool_backward(const Tensor& gr
     A *dk = dkernel.mutable_data_ptr<A>(), *dw = dweight.mutable_data_ptr<A>(), *db = dbias.mutable_data_ptr<A>();
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       Padded<A> image(x.size(1), x.size(2), x.size(3), kernel_.size(2), kernel_.size(3), padding);
-      std::vector<A> scratch(plane.height * plane.width * kGroup);
+      std::vector<A> scratch(plane.size() * kGroup);
       for (int64_t part = begin; part < end; ++part)
         for (int64_t i = part * images / parts; i < (part + 1) * images / parts; ++i) {
           image.load(in + i * image_size);
           for (int64_t c = 0; c < channels; c += kGroup)
             backward<A>(image, k + c * taps, plane, channels, int(std::min<int64_t>(kGroup, channels - c)),
                         {w + c, b + c}, m + i * channels + c, r + i * channels + c,
-                        g + i * (height / 2) * (width / 2) * channels + c, scratch.data(),
+                        g + i * plane.pooled_size() * channels + c, scratch.data(),
                         dk + (part * kernel.size(0) * kGroup + c) * taps, dw + part * channels + c,
                         db + part * channels + c);
         }
@@ -263,7 +262,7 @@ Tensor conv_norm_relu_pool_points(const Tensor& x_, const Tensor& kernels_, cons
   const int64_t images = x.size(0), points = weight.size(0), channels = weight.size(1), M = kernels.size(),
                 taps = kernels[0].size(1), image_size = x.numel() / std::max<int64_t>(images, 1);
   const Plane plane{height, width};
-  const int64_t pooled_size = height / 2 * (width / 2) * channels;
+  const int64_t pooled_size = plane.pooled_size() * channels;
   Tensor pooled = x.new_empty({points, images, height / 2, width / 2, channels});
   const float *in = x.const_data_ptr<float>(), *a = coefficients.const_data_ptr<float>();
   const Affine<float> affine{weight.const_data_ptr<float>(), bias.const_data_ptr<float>()};
@@ -271,7 +270,7 @@ Tensor conv_norm_relu_pool_points(const Tensor& x_, const Tensor& kernels_, cons
   const auto forward = M == 2 ? forward_points<2> : forward_points<3>;
   at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
     Padded<float> image(x.size(1), x.size(2), x.size(3), kernels_.size(3), kernels_.size(4), padding);
-    std::vector<float> scratch(M * height * width * kGroup), folded(points * (M + 1) * kGroup);
+    std::vector<float> scratch(M * plane.size() * kGroup), folded(points * (M + 1) * kGroup);
     for (int64_t i = begin; i < end; ++i) {
       image.load(in + i * image_size);
       for (int64_t c = 0; c < channels; c += kGroup) {

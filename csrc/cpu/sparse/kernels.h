@@ -1,4 +1,4 @@
-// Sparse training on the CPU: what sparse_conv.cpp (shapes, threads, PyTorch) asks of the kernels (sparse_kernels.h).
+// Sparse training on the CPU: what its passes (shapes, threads, PyTorch) ask of the vector code (kernels.inc).
 //
 // Activations are stored as [B, C, H, W, L]: L images side by side in one vector ("lanes"), B = ceil(batch / L) blocks.
 // A weight then meets whole vectors at fixed offsets, and work is proportional to the number of surviving weights.
@@ -50,6 +50,7 @@ struct Pointwise {
 };
 
 struct Kernels {
+  const char* instruction_set;
   int64_t lanes;
 
   // dst[r, y, x] = bias[r] + sum over list r of value * src[offset + y * stride rows + x * stride columns],
@@ -85,5 +86,15 @@ struct Kernels {
 };
 
 extern const Kernels portable, avx2, avx512;
+
+// Those of the best instruction set that this processor has, or of LOTTERY_SPARSE_ISA (for the tests).
+const Kernels& choose_kernels();
+
+inline const Kernels& kernels() {  // inlined: the passes ask for every row
+  static const Kernels& chosen = choose_kernels();
+  return chosen;
+}
+
+inline int64_t lanes() { return kernels().lanes; }
 
 }  // namespace lottery::sparse

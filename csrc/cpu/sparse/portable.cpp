@@ -1,11 +1,13 @@
 // Four lanes: what SSE2, NEON and every other processor with 128-bit vectors has.
-#include "sparse.h"
+#include "../vector.h"
+#include "kernels.h"
 
 #define LANES 4
+#define INSTRUCTION_SET "portable"
 
 namespace lottery::sparse {
 namespace portable_ {
-#include "sparse_kernels.h"
+#include "kernels.inc"
 }
 const Kernels portable = portable_::kernels;
 }  // namespace lottery::sparse

@@ -3,7 +3,6 @@
 
 #include <cmath>
 
-#include "../checks.h"
 #include "../kernels/scalar.cuh"
 #include "ops.h"
 

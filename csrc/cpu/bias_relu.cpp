@@ -2,9 +2,9 @@
 // BatchNorm.
 #include <ATen/Parallel.h>
 
-#include "../checks.h"
-#include "clones.h"
+#include "../kernels/scalar.cuh"
 #include "ops.h"
+#include "vector.h"
 
 namespace lottery {
 namespace {
@@ -14,14 +14,13 @@ template <class T, int stride>
 CLONES void run(T* x, const T* bias, const T* shortcut, int64_t n) {
   using A = Accumulator<T>;
   for (int64_t i = 0; i < n; ++i) {
-    const A z = A(x[i]) + A(bias[i * stride]) + (shortcut ? A(shortcut[i]) : A(0));
-    x[i] = T(z < A(0) ? A(0) : z);
+    x[i] = T(relu(A(x[i]) + A(bias[i * stride]) + (shortcut ? A(shortcut[i]) : A(0))));
   }
 }
 
 }  // namespace
 
-void bias_relu_(Tensor x, const Tensor& bias_, const std::optional<Tensor>& shortcut_) {
+void bias_relu_(Tensor x, const Tensor& bias_, const OptionalTensor& shortcut_) {
   check_bias_relu(x, bias_, shortcut_);
   const bool channels_last = !x.is_contiguous();
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;

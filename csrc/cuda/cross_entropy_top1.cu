@@ -2,7 +2,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include "../kernels/loss.cuh"
+#include "../kernels/cross_entropy_top1.cuh"
 #include "launch.h"
 
 namespace lottery {

@@ -2,13 +2,11 @@
 // gradient. Each image's group of channels is read from memory once; the later looks at it come from cache.
 #include <ATen/Parallel.h>
 
-#include "../checks.h"
 #include "norm_group.h"
 #include "ops.h"
 
 namespace lottery {
 namespace {
-
 
 template <class T, class A>
 INLINE void forward(const T* x, T* pooled, int64_t channels, Plane plane, int n, Affine<A> affine, A eps, A* mean,
@@ -38,7 +36,7 @@ CLONES void backward(const T* grad, const T* x, T* dx, int64_t channels, Plane p
 // Calls f(image, first channel, number of channels) for every group of channels of every image.
 template <class F>
 void for_each_group(int64_t images, int64_t channels, const F& f) {
-  const int64_t groups = (channels + kGroup - 1) / kGroup;
+  const int64_t groups = ceil_div<int64_t>(channels, kGroup);
   at::parallel_for(0, images * groups, 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c = i % groups * kGroup;
@@ -55,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(const Tensor& x_, const Tensor
   const Tensor x = x_.contiguous(kChannelsLast), weight = weight_.contiguous(), bias = bias_.contiguous();
   const int64_t images = x.size(0), channels = x.size(1);
   const Plane plane{x.size(2), x.size(3)};
-  const int64_t size = plane.height * plane.width, pooled_size = plane.height / 2 * (plane.width / 2);
+  const int64_t size = plane.size(), pooled_size = plane.pooled_size();
   Tensor pooled = empty_channels_last(x, {images, channels, plane.height / 2, plane.width / 2});
   Tensor mean = weight.new_empty({images, channels}), rstd = mean.new_empty(mean.sizes());
   DISPATCH_FLOATING(x.scalar_type(), "norm_relu_pool", [&] {
@@ -82,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool_backward(const Tensor& grad_, 
                bias = bias_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous();
   const int64_t images = x.size(0), channels = x.size(1);
   const Plane plane{x.size(2), x.size(3)};
-  const int64_t size = plane.height * plane.width, pooled_size = plane.height / 2 * (plane.width / 2);
+  const int64_t size = plane.size(), pooled_size = plane.pooled_size();
   Tensor dx = empty_channels_last(x, x.sizes());
   Tensor dweight = mean.new_empty(mean.sizes()), dbias = mean.new_empty(mean.sizes());  // [N, C]: an image's share
   DISPATCH_FLOATING(x.scalar_type(), "norm_relu_pool_backward", [&] {

@@ -1,10 +1,8 @@
-// Launchers of norm_relu_pool and its backward; conv_norm_relu_pool and conv3x3, whose convolutions are cuDNN's.
-#include <ATen/ops/conv2d.h>
-#include <ATen/ops/convolution_backward.h>
+// Launchers of norm_relu_pool and its backward.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
-#include "../kernels/norm.cuh"
+#include "../kernels/norm_relu_pool.cuh"
 #include "launch.h"
 
 namespace lottery {
@@ -19,14 +17,12 @@ struct Planes {
 
   explicit Planes(const Tensor& x) : count(x.size(0) * x.size(1)), channels(x.size(1)) {
     const int64_t size = x.size(2) * x.size(3);
-    TORCH_CHECK(size < (int64_t(1) << 31) && count < (int64_t(1) << 31), "norm_relu_pool: too large, ", x.sizes());
+    TORCH_CHECK(size <= kLargestPlane && count < (int64_t(1) << 31), "norm_relu_pool: too large, ", x.sizes());
     height = int(x.size(2));
     width = int(x.size(3));
     small = size <= 512;
   }
-  unsigned blocks() const {
-    return small ? unsigned((count + kNormThreads / 32 - 1) / (kNormThreads / 32)) : unsigned(count);
-  }
+  unsigned blocks() const { return unsigned(small ? ceil_div<int64_t>(count, kNormThreads / 32) : count); }
 };
 
 Three norm_relu_pool(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, double eps) {
@@ -72,46 +68,10 @@ Three norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Tenso
   return {dx, dweight.sum(0), dbias.sum(0)};
 }
 
-// (dx, dkernel) of a convolution with stride 1, dx only when wanted
-std::tuple<Tensor, Tensor> convolution_gradients(const Tensor& grad, const Tensor& x, const Tensor& kernel,
-                                                 int64_t padding, bool input) {
-  const auto gradients = at::convolution_backward(grad, x, kernel, at::OptionalIntArrayRef(), {1, 1},
-                                                  {padding, padding}, {1, 1}, false, {0, 0}, 1, {input, true, false});
-  return {std::get<0>(gradients), std::get<1>(gradients).contiguous()};
-}
-
-Three conv_norm_relu_pool(const Tensor& x, const Tensor& kernel, const Tensor& weight, const Tensor& bias,
-                          int64_t padding, double eps) {
-  check_conv_norm_relu_pool(x, kernel, weight, bias, padding);
-  return norm_relu_pool(at::conv2d(x, kernel, {}, 1, padding), weight, bias, eps);
-}
-
-Three conv_norm_relu_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel, const Tensor& weight,
-                                   const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t padding) {
-  const Tensor convolved = at::conv2d(x, kernel, {}, 1, padding);  // again, instead of keeping it
-  const auto [dconvolved, dweight, dbias] = norm_relu_pool_backward(grad, convolved, weight, bias, mean, rstd);
-  return {std::get<1>(convolution_gradients(dconvolved, x, kernel, padding, false)), dweight, dbias};
-}
-
-Tensor conv3x3(const Tensor& x, const Tensor& kernel) {
-  check_conv3x3(x, kernel);
-  return at::conv2d(x, kernel, {}, 1, 1).contiguous();
-}
-
-std::tuple<Tensor, Tensor> conv3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& kernel) {
-  check_conv3x3(x, kernel);
-  const auto [dx, dkernel] = convolution_gradients(grad, x, kernel, 1, true);
-  return {dx.contiguous(), dkernel};
-}
-
 }  // namespace
 }  // namespace lottery
 
 TORCH_LIBRARY_IMPL(lottery, CUDA, m) {
   m.impl("norm_relu_pool", &lottery::norm_relu_pool);
   m.impl("norm_relu_pool_backward", &lottery::norm_relu_pool_backward);
-  m.impl("conv_norm_relu_pool", &lottery::conv_norm_relu_pool);
-  m.impl("conv_norm_relu_pool_backward", &lottery::conv_norm_relu_pool_backward);
-  m.impl("conv3x3", &lottery::conv3x3);
-  m.impl("conv3x3_backward", &lottery::conv3x3_backward);
 }

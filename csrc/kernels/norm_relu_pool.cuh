@@ -7,6 +7,7 @@
 namespace lottery {
 
 constexpr int kNormThreads = 256;
+constexpr int kLargestPlane = 0x7fffffff - kNormThreads * kPack<short>;  // an int counts one step past its end
 
 // Sum over the kThreads threads (a warp, or the whole block) that share a plane.
 template <int kThreads, class A>

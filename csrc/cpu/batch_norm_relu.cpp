@@ -6,9 +6,8 @@
 #include <cmath>
 #include <vector>
 
-#include "../checks.h"
-#include "clones.h"
 #include "ops.h"
+#include "vector.h"
 
 namespace lottery {
 namespace {
@@ -72,7 +71,7 @@ struct Chunks {
       : rows(x.size(0) * x.size(2) * x.size(3)), channels(x.size(1)),
         step(std::max<int64_t>(1, kChunk / std::max<int64_t>(1, channels))) {}
 
-  int64_t count() const { return (rows + step - 1) / step; }
+  int64_t count() const { return ceil_div(rows, step); }
   int64_t size(int64_t i) const { return std::min(step, rows - i * step); }
 
   // Calls work(chunk, its first element, its rows) for all chunks.
@@ -138,14 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor
                                                                     const OptionalTensor& y_, const Tensor& weight_,
                                                                     const Tensor& bias_, const Tensor& mean_,
                                                                     const Tensor& variance_, bool relu, double eps) {
-  check_batch_norm_relu(x_, weight_, bias_, y_);
-  TORCH_CHECK(grad_.sizes() == x_.sizes() && grad_.scalar_type() == at::kFloat,
-              "batch_norm_relu_backward: grad is float32 ", x_.sizes(), ", got ", grad_.scalar_type(), " ",
-              grad_.sizes());
-  for (const Tensor* t : {&mean_, &variance_})
-    TORCH_CHECK(t->sizes() == weight_.sizes() && t->scalar_type() == at::kFloat,
-                "batch_norm_relu_backward: mean and variance are float32 ", weight_.sizes(), ", got ",
-                t->scalar_type(), " ", t->sizes());
+  check_batch_norm_relu_backward(grad_, x_, y_, weight_, bias_, mean_, variance_);
   const Tensor grad = grad_.contiguous(kChannelsLast), x = x_.contiguous(kChannelsLast),
                weight = weight_.contiguous(), bias = bias_.contiguous(), mean = mean_.contiguous(),
                variance = variance_.contiguous(), y = y_ ? y_->contiguous(kChannelsLast) : Tensor();

@@ -1,5 +1,5 @@
 // Launcher of masked_sgd_.
-#include "../kernels/sgd.cuh"
+#include "../kernels/masked_sgd.cuh"
 #include "launch.h"
 
 namespace lottery {
@@ -25,16 +25,16 @@ void launch(const std::vector<SgdTensor>& tensors, at::ScalarType type, const Sg
     batch.momentum[i] = t.momentum.mutable_data_ptr<float>();
     batch.mask[i] = t.mask.defined() ? bytes(t.mask) : nullptr;
     batch.size[i] = t.param.numel();
-    batch.first_block[i + 1] = batch.first_block[i] + unsigned((batch.size[i] + kSgdBlock - 1) / kSgdBlock);
+    batch.first_block[i + 1] = batch.first_block[i] + unsigned(ceil_div<int64_t>(batch.size[i], kSgdBlock));
     if (batch.count == kSgdTensors) flush();
   }
   flush();
 }
 
 void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momenta,
-                 const c10::List<std::optional<Tensor>>& masks, double lr, double momentum, double dampening,
-                 double weight_decay, bool nesterov) {
-  const auto tensors = check_masked_sgd(params, grads, momenta, masks.vec());
+                 at::ArrayRef<OptionalTensor> masks, double lr, double momentum, double dampening, double weight_decay,
+                 bool nesterov) {
+  const auto tensors = check_masked_sgd(params, grads, momenta, masks);
   if (tensors.empty()) return;
   const c10::cuda::CUDAGuard guard(params[0].device());
   const SgdStep step{float(lr), float(momentum), float(dampening), float(weight_decay), nesterov};

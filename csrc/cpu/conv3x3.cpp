@@ -4,7 +4,6 @@
 // product, and the outputs are A' M A. The kernel's gradient is the adjoint: dU = V' (A dy A'), dg = G' dU G.
 #include <ATen/Parallel.h>
 
-#include "../checks.h"
 #include "norm_group.h"
 #include "ops.h"
 
@@ -15,18 +14,15 @@ constexpr int kPoints = 36;
 constexpr int kTiles = 18;      // whose V stays in a core's second-level cache, forward
 constexpr int kGradTiles = 48;  // that share a pass over dU, backward
 
-typedef float Vec __attribute__((vector_size(32), aligned(4)));
 constexpr int kVec = 8;
+using V = Vec<float, kVec>;
 
 // The distance between the 36 points' matrices of so many floats: keeps them out of each other's cache sets.
 constexpr int64_t spread(int64_t floats) { return floats + kGroup; }
 
-INLINE Vec load(const float* p) { return *(const Vec*)p; }
-INLINE void store(float* p, Vec v) { *(Vec*)p = v; }
-
 // ---- one-dimensional transforms ----
-INLINE void input_transform(const Vec* d, Vec* out) {  // B': 6 -> 6
-  const Vec even = d[4] - 4 * d[2], odd = d[3] - 4 * d[1], even2 = d[4] - d[2], odd2 = 2 * (d[3] - d[1]);
+INLINE void input_transform(const V* d, V* out) {  // B': 6 -> 6
+  const V even = d[4] - 4 * d[2], odd = d[3] - 4 * d[1], even2 = d[4] - d[2], odd2 = 2 * (d[3] - d[1]);
   out[0] = 4 * d[0] - 5 * d[2] + d[4];
   out[1] = even + odd;
   out[2] = even - odd;
@@ -35,16 +31,16 @@ INLINE void input_transform(const Vec* d, Vec* out) {  // B': 6 -> 6
   out[5] = 4 * d[1] - 5 * d[3] + d[5];
 }
 
-INLINE void output_transform(const Vec* m, Vec* out) {  // A': 6 -> 4
-  const Vec sum = m[1] + m[2], difference = m[1] - m[2], sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+INLINE void output_transform(const V* m, V* out) {  // A': 6 -> 4
+  const V sum = m[1] + m[2], difference = m[1] - m[2], sum2 = m[3] + m[4], difference2 = m[3] - m[4];
   out[0] = m[0] + sum + sum2;
   out[1] = difference + 2 * difference2;
   out[2] = sum + 4 * sum2;
   out[3] = difference + 8 * difference2 + m[5];
 }
 
-INLINE void output_adjoint(const Vec* g, Vec* out) {  // A: 4 -> 6
-  const Vec even = g[0] + g[2], odd = g[1] + g[3], even2 = g[0] + 4 * g[2], odd2 = 2 * g[1] + 8 * g[3];
+INLINE void output_adjoint(const V* g, V* out) {  // A: 4 -> 6
+  const V even = g[0] + g[2], odd = g[1] + g[3], even2 = g[0] + 4 * g[2], odd2 = 2 * g[1] + 8 * g[3];
   out[0] = g[0];
   out[1] = even + odd;
   out[2] = even - odd;
@@ -53,8 +49,8 @@ INLINE void output_adjoint(const Vec* g, Vec* out) {  // A: 4 -> 6
   out[5] = g[3];
 }
 
-INLINE void kernel_transform(const Vec* g, Vec* out) {  // G: 3 -> 6
-  const Vec even = (g[0] + g[2]) * (1 / 6.f), odd = g[1] * (1 / 6.f), even2 = g[0] * (1 / 24.f) + g[2] * (1 / 6.f),
+INLINE void kernel_transform(const V* g, V* out) {  // G: 3 -> 6
+  const V even = (g[0] + g[2]) * (1 / 6.f), odd = g[1] * (1 / 6.f), even2 = g[0] * (1 / 24.f) + g[2] * (1 / 6.f),
             odd2 = g[1] * (1 / 12.f);
   out[0] = g[0] * .25f;
   out[1] = -even - odd;
@@ -64,8 +60,8 @@ INLINE void kernel_transform(const Vec* g, Vec* out) {  // G: 3 -> 6
   out[5] = g[2];
 }
 
-INLINE void kernel_adjoint(const Vec* u, Vec* out) {  // G': 6 -> 3
-  const Vec sum = u[1] + u[2], difference = u[2] - u[1], sum2 = u[3] + u[4], difference2 = u[3] - u[4];
+INLINE void kernel_adjoint(const V* u, V* out) {  // G': 6 -> 3
+  const V sum = u[1] + u[2], difference = u[2] - u[1], sum2 = u[3] + u[4], difference2 = u[3] - u[4];
   out[0] = .25f * u[0] - sum * (1 / 6.f) + sum2 * (1 / 24.f);
   out[1] = difference * (1 / 6.f) + difference2 * (1 / 12.f);
   out[2] = (sum2 - sum) * (1 / 6.f) + u[5];
@@ -74,7 +70,7 @@ INLINE void kernel_adjoint(const Vec* u, Vec* out) {  // G': 6 -> 3
 // The transform of a square's columns, then of its rows: read(i, j) of kFrom x kFrom, write(i, j, value) of kTo x kTo.
 template <auto transform, int kFrom, int kTo, class Read, class Write>
 INLINE void both_ways(const Read& read, const Write& write) {
-  Vec half[kTo][kFrom], from[kFrom], to[kTo];
+  V half[kTo][kFrom], from[kFrom], to[kTo];
   UNROLL for (int j = 0; j < kFrom; ++j) {
     UNROLL for (int i = 0; i < kFrom; ++i) from[i] = read(i, j);
     transform(from, to);
@@ -91,8 +87,8 @@ struct Tiles {  // of activations [N, H, W, C]: tile i covers 4x4 outputs
   int64_t height, width, channels, down, across, count;
 
   Tiles(const Tensor& x)
-      : height(x.size(2)), width(x.size(3)), channels(x.size(1)), down((height + 3) / 4), across((width + 3) / 4),
-        count(x.size(0) * down * across) {}
+      : height(x.size(2)), width(x.size(3)), channels(x.size(1)), down(ceil_div<int64_t>(height, 4)),
+        across(ceil_div<int64_t>(width, 4)), count(x.size(0) * down * across) {}
 
   // at[i * size + j]: the channels of position (i, j) of tile t, which begins `border` before its outputs; `outside`
   // where that is not in the image.
@@ -119,9 +115,9 @@ INLINE void transform_tiles(const float* x, const Tiles& tiles, int64_t first, i
     const float* at[size * size];
     tiles.find<size>(x, first + t, (size - 4) / 2, zeros, at);
     for (int64_t c = 0; c < tiles.channels; c += kVec)
-      both_ways<transform, size, 6>([&](int i, int j) INLINE_LAMBDA { return load(at[i * size + j] + c); },
-                                    [&](int i, int j, Vec value) INLINE_LAMBDA {
-                                      store(v + (6 * i + j) * pitch + t * tiles.channels + c, value);
+      both_ways<transform, size, 6>([&](int i, int j) INLINE_LAMBDA { return vec<kVec>(at[i * size + j] + c); },
+                                    [&](int i, int j, V value) INLINE_LAMBDA {
+                                      vec<kVec>(v + (6 * i + j) * pitch + t * tiles.channels + c) = value;
                                     });
   }
 }
@@ -130,24 +126,33 @@ INLINE void transform_tiles(const float* x, const Tiles& tiles, int64_t first, i
 // m[rows, 16] = v[rows, k] u[k, 16]
 template <int rows>
 INLINE void multiply(const float* v, int64_t k, const float* u, float* m) {
-  Vec sum[rows][2] = {};
+  V sum[rows][2] = {};
   for (int64_t i = 0; i < k; ++i) {
-    const Vec low = load(u + i * kGroup), high = load(u + i * kGroup + kVec);
+    const V low = vec<kVec>(u + i * kGroup), high = vec<kVec>(u + i * kGroup + kVec);
     UNROLL for (int r = 0; r < rows; ++r) sum[r][0] += v[r * k + i] * low, sum[r][1] += v[r * k + i] * high;
   }
-  UNROLL for (int r = 0; r < rows; ++r) store(m + r * kGroup, sum[r][0]), store(m + r * kGroup + kVec, sum[r][1]);
+  UNROLL for (int r = 0; r < rows; ++r) {
+    vec<kVec>(m + r * kGroup) = sum[r][0];
+    vec<kVec>(m + r * kGroup + kVec) = sum[r][1];
+  }
 }
 
 // du[4 rows, 16] += v[t, 4 rows]' dm[t, 16]
 INLINE void accumulate(const float* v, int64_t v_pitch, const float* dm, int64_t dm_pitch, int count, float* du,
                        int64_t du_pitch) {
-  Vec sum[4][2];
-  UNROLL for (int r = 0; r < 4; ++r) sum[r][0] = load(du + r * du_pitch), sum[r][1] = load(du + r * du_pitch + kVec);
+  V sum[4][2];
+  UNROLL for (int r = 0; r < 4; ++r) {
+    sum[r][0] = vec<kVec>(du + r * du_pitch);
+    sum[r][1] = vec<kVec>(du + r * du_pitch + kVec);
+  }
   for (int t = 0; t < count; ++t) {
-    const Vec low = load(dm + t * dm_pitch), high = load(dm + t * dm_pitch + kVec);
+    const V low = vec<kVec>(dm + t * dm_pitch), high = vec<kVec>(dm + t * dm_pitch + kVec);
     UNROLL for (int r = 0; r < 4; ++r) sum[r][0] += v[t * v_pitch + r] * low, sum[r][1] += v[t * v_pitch + r] * high;
   }
-  UNROLL for (int r = 0; r < 4; ++r) store(du + r * du_pitch, sum[r][0]), store(du + r * du_pitch + kVec, sum[r][1]);
+  UNROLL for (int r = 0; r < 4; ++r) {
+    vec<kVec>(du + r * du_pitch) = sum[r][0];
+    vec<kVec>(du + r * du_pitch + kVec) = sum[r][1];
+  }
 }
 
 struct Kernel {  // a [out, in, 3, 3] tensor and its strides
@@ -172,11 +177,11 @@ CLONES void transform_kernels(Kernel kernel, int64_t first, int64_t inputs, floa
       const float* g = kernel.data + (first + half) * kernel.out + in * kernel.in;
       both_ways<kernel_transform, 3, 6>(
           [&](int i, int j) INLINE_LAMBDA {
-            Vec v;
+            V v;
             for (int lane = 0; lane < kVec; ++lane) v[lane] = g[lane * kernel.out + i * kernel.row + j * kernel.column];
             return v;
           },
-          [&](int i, int j, Vec v) INLINE_LAMBDA { store(u + (6 * i + j) * pitch + in * kGroup + half, v); });
+          [&](int i, int j, V v) INLINE_LAMBDA { vec<kVec>(u + (6 * i + j) * pitch + in * kGroup + half) = v; });
     }
   for (int p = 0; p < kPoints; ++p) std::fill_n(u + p * pitch + inputs * kGroup, kGroup, 0.f);  // between two points
 }
@@ -217,8 +222,8 @@ INLINE void convolve_tiles(const float* x, const Tiles& tiles, const float* u, i
     for (int t = 0; t < count; ++t)
       for (int half = 0; half < kGroup; half += kVec)
         both_ways<output_transform, 6, 4>(
-            [&](int i, int j) INLINE_LAMBDA { return load(m + ((6 * i + j) * kTiles + t) * kGroup + half); },
-            [&](int i, int j, Vec v) INLINE_LAMBDA { store(to[16 * t + 4 * i + j] + c * step + half, v); });
+            [&](int i, int j) INLINE_LAMBDA { return vec<kVec>(m + ((6 * i + j) * kTiles + t) * kGroup + half); },
+            [&](int i, int j, V v) INLINE_LAMBDA { vec<kVec>(to[16 * t + 4 * i + j] + c * step + half) = v; });
     finish(c);
   }
 }
@@ -236,7 +241,7 @@ CLONES void convolve_norm_block(const float* x, const Tiles& tiles, const float*
                                 int64_t first_image, int images, const Scratch& scratch, Affine<float> affine,
                                 float eps, float* pooled) {
   const Plane plane{tiles.height, tiles.width};
-  const int64_t size = plane.height * plane.width, pooled_size = plane.height / 2 * (plane.width / 2);
+  const int64_t size = plane.size(), pooled_size = plane.pooled_size();
   const int per_image = int(tiles.down * tiles.across), count = images * per_image;
   float *planes = scratch.planes.mutable_data_ptr<float>(), *to[kTiles * 16];
   Tiles results = tiles;
@@ -257,7 +262,7 @@ CLONES void convolve_norm_block(const float* x, const Tiles& tiles, const float*
 template <class Read>
 INLINE void kernel_of_points(const Read& du, float* dkernel, int64_t inputs) {
   both_ways<kernel_adjoint, 6, 3>([&](int i, int j) INLINE_LAMBDA { return du(6 * i + j); },
-                                  [&](int i, int j, Vec value) INLINE_LAMBDA {
+                                  [&](int i, int j, V value) INLINE_LAMBDA {
                                     for (int lane = 0; lane < kVec; ++lane)
                                       dkernel[lane * inputs * 9 + 3 * i + j] = value[lane];
                                   });
@@ -288,7 +293,7 @@ CLONES void kernel_gradient_of_all(const float* v, int64_t pitch, int64_t inputs
     for (int p = 0; p < kPoints; ++p)
       accumulate(v + p * pitch + in, inputs, dm + p * dm_pitch + c, outputs, count, du[p], kGroup);
     for (int i = 0; i < 4 * kGroup; i += kVec)
-      kernel_of_points([&](int p) INLINE_LAMBDA { return load(du[p] + i); },
+      kernel_of_points([&](int p) INLINE_LAMBDA { return vec<kVec>(du[p] + i); },
                        dkernel + ((c + i % kGroup) * inputs + in + i / kGroup) * 9, inputs);
   }
 }
@@ -299,9 +304,9 @@ CLONES void kernel_gradient(const float* du, int64_t parts, int64_t inputs, int6
   for (int64_t c = 0; c < outputs; c += kVec)
     kernel_of_points(
         [&](int p) INLINE_LAMBDA {
-          Vec sum = {};
+          V sum = {};
           for (int64_t part = 0; part < parts; ++part)
-            sum += load(du + ((part * kPoints + p) * inputs + in) * outputs + c);
+            sum += vec<kVec>(du + ((part * kPoints + p) * inputs + in) * outputs + c);
           return sum;
         },
         dkernel + (c * inputs + in) * 9, inputs);
@@ -323,7 +328,7 @@ Tensor transform(const Tensor& kernel, bool transposed) {
 // with the first and last + 1 of each of its blocks.
 template <class F>
 void for_each_block(int64_t count, int64_t most, const F& start) {
-  const int64_t threads = at::get_num_threads(), blocks = (count + most * threads - 1) / (most * threads) * threads;
+  const int64_t threads = at::get_num_threads(), blocks = ceil_div(count, most * threads) * threads;
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const auto work = start();
     for (int64_t i = begin; i < end; ++i)
@@ -349,7 +354,7 @@ Tensor kernel_gradient(const Tensor& grad, const Tensor& x_, const Tensor& kerne
   const Tensor x = x_.contiguous(kChannelsLast);
   const int64_t inputs = x.size(1), outputs = kernel.size(0);
   const Tiles tiles(x), results(grad);
-  const int64_t blocks = (tiles.count + kGradTiles - 1) / kGradTiles;
+  const int64_t blocks = ceil_div<int64_t>(tiles.count, kGradTiles);
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(blocks, at::get_num_threads()));
   Tensor dkernel = kernel.new_empty(kernel.sizes());
   const Tensor zeros = x.new_zeros({std::max(inputs, outputs)});
@@ -425,8 +430,7 @@ Tensor conv3x3_norm_relu_pool(const Tensor& x_, const Tensor& kernel, const Tens
 }
 
 std::tuple<Tensor, Tensor> conv3x3_backward(const Tensor& grad_, const Tensor& x, const Tensor& kernel) {
-  check_conv3x3(x, kernel);
-  TORCH_CHECK(kernel.dim() == 4, "conv3x3: a transformed kernel has no gradient");
+  check_conv3x3_backward(grad_, x, kernel);
   const Tensor grad = grad_.contiguous(kChannelsLast);
   return {convolve(grad, transform(kernel, true)), kernel_gradient(grad, x, kernel)};
 }

@@ -1,11 +1,11 @@
 // bias_relu_: x = relu(x + bias[channel] + shortcut) in place.
 // Memory bound. Per float32 element: x read and written, shortcut read, 12 bytes (8 without shortcut); 3 operations.
 #pragma once
-#include "portable.cuh"
+#include "scalar.cuh"
 
 namespace lottery {
 
-constexpr int kEpilogueThreads = 256;
+constexpr int kBiasReluThreads = 256;
 
 // N elements from i on. Neighbours share a channel when N divides `inner`, or lie in neighbouring ones when inner is 1.
 template <class T, class A, class I, int N>
@@ -16,18 +16,17 @@ __device__ inline void bias_relu_pack(T* x, const T* bias, const T* shortcut, I 
   if (shortcut) s = pack<N>(shortcut + i);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    const A z = A(v.v[j]) + A(inner == 1 ? b.v[j] : bias[channel]) + (shortcut ? A(s.v[j]) : A(0));
-    v.v[j] = T(z < A(0) ? A(0) : z);
+    v.v[j] = T(relu(A(v.v[j]) + A(inner == 1 ? b.v[j] : bias[channel]) + (shortcut ? A(s.v[j]) : A(0))));
   }
   pack<N>(x + i) = v;
 }
 
 // `inner` elements in a row share a channel: H W of [N, C, H, W], 1 of channels_last. I: type that holds size.
 template <class T, class A, class I>
-__global__ void __launch_bounds__(kEpilogueThreads)
+__global__ void __launch_bounds__(kBiasReluThreads)
     bias_relu_kernel(T* x, const T* bias, const T* shortcut, I size, I channels, I inner) {
   constexpr int N = kPack<T>;
-  const I thread = I(blockIdx.x) * kEpilogueThreads + threadIdx.x, threads = I(gridDim.x) * kEpilogueThreads;
+  const I thread = I(blockIdx.x) * kBiasReluThreads + threadIdx.x, threads = I(gridDim.x) * kBiasReluThreads;
   const bool packed = (inner == 1 ? channels : inner) % N == 0 && aligned<N>(x) && aligned<N>(shortcut) &&
                       (inner > 1 || aligned<N>(bias));
   if (packed)

@@ -1,0 +1,139 @@
+// The lists of a SparseConv: which weights each pass meets, in which order.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "sparse_conv.h"
+
+namespace lottery::sparse {
+namespace {
+
+constexpr int64_t kFirstLevelBytes = 24 << 10;  // of the cache, for a tile of the source
+constexpr int64_t kGradChannels = 32;           // gradient channels that a tile of the weight gradient keeps close
+constexpr int64_t kGradParts = 8;               // at least, of a weight gradient, for as many threads
+
+// Planes an odd number of cache lines apart do not compete for the same sets of the first-level cache.
+int64_t spread(int64_t floats) { return (ceil_div<int64_t>(floats, 16) | 1) * 16; }
+
+// Source channels per block: a tile of them fits the first-level cache, yet lists are not too short to be worth it.
+int64_t channels_per_block(int64_t channels, int64_t tile, double weights_per_channel) {
+  const int64_t fit = kFirstLevelBytes / (tile * lanes() * sizeof(float));
+  const int64_t worth = weights_per_channel > 0 ? std::ceil(6 / weights_per_channel) : channels;
+  const int64_t most = std::min(channels, std::max({fit, worth, int64_t(1)}));
+  return ceil_div(channels, ceil_div(channels, most));  // blocks of equal size
+}
+
+}  // namespace
+
+SparseConv::SparseConv(const Tensor& mask, int64_t height, int64_t width, int64_t halo, int64_t stride,
+                       int64_t padding)
+    : stride(stride), padding(padding) {
+  TORCH_CHECK(mask.dim() == 4 && mask.scalar_type() == at::kBool && mask.device().is_cpu(),
+              "mask should be a 4d bool tensor on the CPU, got ", mask.dim(), "d ", mask.scalar_type());
+  TORCH_CHECK(stride == 1 || stride == 2, "stride should be 1 or 2, got ", stride);
+  TORCH_CHECK(0 <= padding && padding <= halo, "padding should be between 0 and the halo ", halo, ", got ", padding);
+  weight_sizes = mask.sizes().vec();
+  const int64_t O = mask.size(0), C = mask.size(1), KH = mask.size(2), KW = mask.size(3);
+  in = {C, height, width, halo};
+  out = {O, (height + 2 * padding - KH) / stride + 1, (width + 2 * padding - KW) / stride + 1, 0};
+  TORCH_CHECK(out.height > 0 && out.width > 0 && height + 2 * padding >= KH && width + 2 * padding >= KW,
+              "a ", KH, " x ", KW, " kernel does not fit ", height, " x ", width, " images with padding ", padding);
+  out.halo = gradient_halo(height, out.height, KH);
+  out.halo = std::max(out.halo, gradient_halo(width, out.width, KW));
+  z_plane = spread(out.height * out.width * lanes());
+  dz_plane = spread(out.plane());
+  TORCH_CHECK(std::max({C * in.plane(), O * dz_plane, mask.numel()}) < std::numeric_limits<int32_t>::max(),
+              "layer too large: ", C, " channels of ", height, " x ", width);
+  const Tensor kept = mask.contiguous();
+  list_forward(kept.data_ptr<bool>());
+  list_input(kept.data_ptr<bool>());
+  list_quads(kept.data_ptr<bool>());
+}
+
+// Input position stride * i + p receives the output positions i + (p + padding - k) / stride.
+int64_t SparseConv::gradient_halo(int64_t size, int64_t out_size, int64_t kernel) const {
+  int64_t halo = 0;
+  for (int64_t p = 0; p < stride; p++)
+    for (int64_t k = 0; k < kernel; k++) {
+      if ((p + padding - k) % stride) continue;
+      const int64_t shift = (p + padding - k) / stride, last = ceil_div(size - p, stride) - 1;
+      halo = std::max({halo, -shift, last + shift - (out_size - 1)});
+    }
+  return halo;
+}
+
+void SparseConv::list_forward(const bool* mask) {
+  const int64_t O = out.channels, C = in.channels, KH = weight_sizes[2], KW = weight_sizes[3];
+  const int64_t tile = KH * (7 * stride + KW), start = (in.halo - padding) * (in.row() + lanes());
+  const int64_t n = std::count(mask, mask + O * C * KH * KW, true);
+  const int64_t step = channels_per_block(C, tile, double(n) / (O * C));
+  Lists& lists = forward_lists;
+  lists.blocks = ceil_div(C, step), lists.rows = O;
+  lists.sources = C, lists.ahead = start + KH * in.row();
+  for (int64_t block = 0; block < C; block += step)
+    for (int64_t o = 0; o < O; o++, lists.close())
+      for (int64_t c = block; c < std::min(C, block + step); c++)
+        for (int64_t k = 0; k < KH * KW; k++)
+          if (mask[(o * C + c) * KH * KW + k])
+            lists.push(start + c * in.plane() + k / KW * in.row() + k % KW * lanes(), (o * C + c) * KH * KW + k);
+}
+
+// One set of lists for each parity of the input position.
+void SparseConv::list_input(const bool* mask) {
+  const int64_t O = out.channels, C = in.channels, KH = weight_sizes[2], KW = weight_sizes[3];
+  const int64_t tile = KH * (7 + KW);
+  const int64_t step = channels_per_block(O, tile, double(forward_lists.index.size()) / (O * C * stride * stride));
+  Lists& lists = input_lists;
+  lists.blocks = ceil_div(O, step), lists.rows = C;
+  lists.sources = O, lists.ahead = (2 * out.halo + 1) * out.row();
+  for (int64_t py = 0; py < stride; py++)
+    for (int64_t px = 0; px < stride; px++)
+      for (int64_t block = 0; block < O; block += step)
+        for (int64_t c = 0; c < C; c++, lists.close())
+          for (int64_t o = block; o < std::min(O, block + step); o++)
+            for (int64_t k = 0; k < KH * KW; k++) {
+              const int64_t y = py + padding - k / KW, x = px + padding - k % KW;
+              if (y % stride == 0 && x % stride == 0 && mask[(o * C + c) * KH * KW + k])
+                lists.push(o * dz_plane + out.inside() + y / stride * out.row() + x / stride * lanes(),
+                           (o * C + c) * KH * KW + k);
+            }
+}
+
+// Per chunk of output and of input channels: weights of one input channel and tap by fours, then the rest by fours.
+void SparseConv::list_quads(const bool* mask) {
+  const int64_t O = out.channels, C = in.channels, KH = weight_sizes[2], KW = weight_sizes[3];
+  const int64_t start = (in.halo - padding) * (in.row() + lanes());
+  struct Entry {
+    int64_t source, grad, index;
+  };
+  auto push = [&](const Entry& e) {
+    quad_source.push_back(static_cast<int32_t>(e.source));
+    quad_grad.push_back(static_cast<int32_t>(e.grad));
+    quad_index.push_back(e.index);
+  };
+  const int64_t sources = ceil_div(C, ceil_div(kGradParts, ceil_div(O, kGradChannels)));
+  for (int64_t part = 0; part < ceil_div(O, kGradChannels) * ceil_div(C, sources); part++) {
+    const int64_t chunk = part / ceil_div(C, sources) * kGradChannels, first = part % ceil_div(C, sources) * sources;
+    Quads q{nullptr, nullptr, static_cast<int64_t>(quad_index.size()), 0, 0};
+    std::vector<Entry> rest, group;
+    for (int64_t c = first; c < std::min(C, first + sources); c++)
+      for (int64_t k = 0; k < KH * KW; k++) {
+        group.clear();
+        for (int64_t o = chunk; o < std::min(O, chunk + kGradChannels); o++)
+          if (mask[(o * C + c) * KH * KW + k])
+            group.push_back({start + c * in.plane() + k / KW * in.row() + k % KW * lanes(),
+                             o * dz_plane + out.inside(), (o * C + c) * KH * KW + k});
+        const size_t full = group.size() / 4 * 4;
+        std::for_each(group.begin(), group.begin() + full, push);
+        rest.insert(rest.end(), group.begin() + full, group.end());
+      }
+    q.any = quad_index.size();
+    while (rest.size() % 4) rest.push_back({start, chunk * dz_plane + out.inside(), -1});
+    std::for_each(rest.begin(), rest.end(), push);
+    q.end = quad_index.size();
+    quads.push_back(q);
+  }
+  for (Quads& q : quads) q.source = quad_source.data(), q.grad = quad_grad.data();
+}
+
+}  // namespace lottery::sparse
