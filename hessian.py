@@ -1,21 +1,21 @@
-"""The exact Hessian diagonal of trained subnetworks: Section 4.2's table and the appendix's distributions of the paper.
+"""The exact Hessian diagonal of trained tickets: Section 4.2's table and the appendix's distributions of the paper.
 
     python hessian.py --mask masks/r4.pt masks/r10.pt masks_real/r4.pt masks_real/r10.pt masks/r0.pt      the table
-    python hessian.py --mask masks/r4.pt --method brute --weights 200        one Hessian product a weight, as a check
-    python hessian.py --dataset digits                                       offline demonstration
+    python hessian.py --mask masks/r4.pt --method estimate       from random probes, with error bars: any network
+    python hessian.py --dataset digits                           offline demonstration
 
-Train a subnetwork on real data (or take stability.py's end point), draw one batch of training images, and get the
-second derivative of the loss along every weight: convnet3 of width 128, 2.6 CPU-seconds an image (about 170 for a
-batch of 64), where one backward pass a weight takes a day. How: for loss L and the tangents x' that a unit step of
-weight i causes,
-
-    H_ii = sum over operations of <cotangent at the output, second derivative of the operation [x', x']>,
-
-and only softmax cross-entropy (its part is the exact Gauss-Newton diagonal: as many backward passes as classes) and
-instance or group norm have one. With BatchNorm in eval mode, or no norm, the Gauss-Newton diagonal is all.
+Train a ticket on real data (or take stability.py's endpoint), draw one batch of training images, and get the second
+derivative of the loss along every weight: convnet3 of width 128, 2.6 CPU-seconds an image (about 170 for a batch of
+64), where one backward pass a weight takes a day.
 
 The paper counts pruned weights, whose second derivative is exactly 0: means and deviations shrink with sparsity alone.
 Every row is therefore printed twice, for all prunable weights and for the surviving ones.
+
+As a library, for a network and a batch of one's own:
+
+    diagonal = hessian.exact_diagonal(model.eval(), images, labels)
+    diagonal.whole["conv1.weight"]           # second derivatives of the mean loss, in the shape of the weight
+    diagonal.gauss_newton["conv1.weight"]    # their part that is never negative
 """
 import math
 import operator
@@ -26,163 +26,125 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
+from torch.func import functional_call, grad, jvp
 from tqdm import tqdm
 
-import common
-import ranks
-import tickets
-from common import UserError, mean_and_std, random_stream
+from common import cli, files, graph, ranks, tickets, training
+from common.endpoints import endpoint, result_path, train_ahead
+from common.errors import UserError
+from common.evaluation import mean_and_std
+from common.masks import apply_mask
+from common.networks import build_network
+from common.streams import random_stream
 
-FORMAT = "lottery-hessian-1"
 FIGURES = ("min", "max", "mean", "std", "mean_abs", "trace", "top_eigenvalue", "gauss_newton_share")
 PAPER = {("dense", 0): (-1.847, 1.344, .0048, .035, .0067), ("IMP", 60): (-3.073, 4.510, .0051, .0559, .0087),
          ("IMP", 90): (-6.323, 6.127, .0035, .0594, .0060), ("synthetic", 60): (-.982, 2.093, .0047, .0286, .0061),
          ("synthetic", 90): (-2.338, 1.730, .0037, .0354, .0053)}  # the first five figures
-
-#############################################
-#         The network taken apart           #
-#############################################
-
-
-class Add(nn.Module):
-    """A residual connection."""
-
-    def forward(self, x, y):
-        return x + y
-
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-CURVED = (nn.GroupNorm, nn.InstanceNorm2d)
-PLAIN = (nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Identity, nn.Dropout, Add)
-FUNCTIONS = {operator.add: Add(), torch.add: Add(), F.relu: nn.ReLU(), torch.flatten: nn.Flatten()}
 ALL = slice(None)  # channels
 
+#############################################
+#             The exact diagonal            #
+#############################################
 
-def has_rule(module):
-    if isinstance(module, nn.Conv2d):
-        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    if isinstance(module, nn.InstanceNorm2d):
-        return not module.track_running_stats
-    return isinstance(module, PLAIN + BATCH_NORMS + (nn.GroupNorm, nn.Linear, nn.Flatten))
+# Along one weight the loss L is a function of one number. With t the tangent of a value, its derivative by the weight,
+#
+#     d2L / dw2 = sum over operations of  <cotangent at the output, second derivative of the operation [t, t]>.
+#
+# Convolutions, linear layers, pooling, ReLU, additions and BatchNorm in eval mode have none: they are linear along a
+# line, or piecewise so. Two kinds of term are left, and the next two sections are these:
+#
+#     softmax cross-entropy      t' (diag(p) - p p') t, for all weights together from one backward pass a class
+#     instance and group norms   a quadratic form in t, which is carried forward from the weight to every norm after it
 
 
-def is_channelwise(module):
-    """Does a change in one channel stay in that channel?"""
-    if isinstance(module, nn.GroupNorm):
-        return module.num_groups == module.num_channels
-    return isinstance(module, PLAIN + BATCH_NORMS + (nn.InstanceNorm2d,))
+class Diagonal(NamedTuple):
+    """The diagonal of the Hessian of the mean loss, as {parameter name: tensor}; exactly 0 at pruned weights."""
+
+    gauss_newton: dict  # the part of the loss's own curvature
+    whole: dict
+    method: str
 
 
-class Network:
-    """A model as a graph of modules, and the nodes `leading` to the curvature of a norm.
+def exact_diagonal(model, images, labels, mask=None, progress=None):
+    """The Diagonal at images [N, C, H, W] and labels [N], of `model` in eval mode under a mask of its weights.
 
-    UserError names the first operation that the exact way has no rule for.
+    On a CPU, torch's threads work on different images; `progress(n)` is called after every n images. Raises UserError
+    for a network with an operation that has no rule below.
     """
-
-    def __init__(self, model):
-        try:
-            nodes = list(fx.symbolic_trace(model).graph.nodes)
-        except Exception as error:  # a forward that is handed a tracer may raise anything
-            raise UserError(f"the network cannot be traced ({error}); --method estimate needs no trace") from error
-        self.images, self.modules, self.leading = nodes[0], {}, set()  # modules {node: module} in order of execution
-        for node in nodes[1:-1]:
-            module = model.get_submodule(node.target) if node.op == "call_module" else FUNCTIONS.get(node.target)
-            twice = module in self.modules.values() and bool(list(module.parameters()))
-            if not has_rule(module) or twice or len(node.all_input_nodes) != 1 + isinstance(module, Add):
-                what = f"{module} in {node.target}" if node.op == "call_module" else f"the operation {node.target}"
-                raise UserError(f"the exact Hessian diagonal has no rule for {what}{' used twice' * twice}; "
-                                "--method estimate needs none")
-            # An in-place ReLU would overwrite a value that is needed.
-            self.modules[node] = nn.ReLU() if isinstance(module, nn.ReLU) else module
-        for node in reversed(nodes):
-            if isinstance(self.modules.get(node), CURVED) or self.followers(node):
-                self.leading.add(node)
-        self.layers = [node for node, module in self.modules.items() if getattr(module, "weight", None) is not None]
-
-    def forward(self, images):
-        """{node: value}, the logits [N, K] last. The images require a gradient, to have one at every value."""
-        values = {self.images: images.clone().requires_grad_()}
-        for node, module in self.modules.items():
-            values[node] = module(*(values[source] for source in node.all_input_nodes))
-        return values
-
-    def followers(self, node):
-        """The nodes that read this one's value and lead to the curvature of a norm."""
-        return [user for user in node.users if user in self.leading]
-
-    def chain(self, node):
-        """The nodes after this one through which a tangent in one channel stays in that channel."""
-        path = [node]
-        while len(after := self.followers(path[-1])) == 1 and is_channelwise(self.modules[after[0]]):
-            path += after
-        return path[1:]
-
-    def tail(self, node):
-        """All nodes between this one and the last curved norm after it."""
-        reached, path = {node}, []
-        for other in self.modules:
-            if other in self.leading and reached.intersection(other.all_input_nodes):
-                reached.add(other)
-                path.append(other)
-        return path
-
-    def has_bias(self, node):
-        """Does the layer have a bias that matters? One that only instance norms read has derivatives of exactly 0."""
-        after = [self.modules.get(user) for user in node.users]
-        removed = all(isinstance(module, CURVED) and is_channelwise(module) for module in after)
-        return self.modules[node].bias is not None and not removed
+    network = Network(model, images[:2])
+    kept = {layer: kept_entries(layer, mask or {}) for layer in network.layers}
+    sums = dict.fromkeys(kept, 0.)
+    few = max(1, batch_limit(images.device) // (8 * max(node.shape.numel() for node in network.nodes)))
+    workers = torch.get_num_threads() if images.device.type == "cpu" else 1
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        batches = images.split(few), labels.split(few)
+        for terms, done in zip(pool.map(partial(diagonal_terms, network, kept), *batches), batches[1]):
+            sums = {layer: sums[layer] + term / len(labels) for layer, term in terms.items()}
+            if progress:
+                progress(len(done))
+    parts = [by_name(model, {layer: both[i] for layer, both in sums.items()}) for i in (0, 1)]
+    return Diagonal(*parts, "exact (structured)" if network.leading else "exact (Gauss-Newton, piecewise linear)")
 
 
-def directions(module, x, bias):
-    """Tangents at one output channel along each of that channel's own parameters, the bias last.
+def batch_limit(device):
+    """Numbers in a batch of tangents: few enough for a processor's cache, enough to fill a GPU."""
+    return 1 << (20 if device.type == "cpu" else 26)
 
-    Input x [n, C, ...] -> [n, G, D, P]: P positions; output channel o of O belongs to group o // (O / G). They are the
-    shifted input channels of a convolution, the inputs of a linear layer, the normalised values of a norm, and ones.
+
+def diagonal_terms(network, kept, images, labels):
+    """{layer: [2, O, D]}: the Gauss-Newton part and the whole diagonal of the summed loss."""
+    terms = {layer: torch.stack([part * kept[layer]] * 2) for layer, part in gauss_newton(network, images).items()}
+    if network.leading:
+        add_norm_curvature(network, images, labels, kept, {layer: term[1] for layer, term in terms.items()})
+    return terms
+
+
+def second_derivative(model, images, labels, name, direction):
+    """The definition, which the tests hold the rules against: d2/ds2 of the mean loss at weights + s direction, s = 0.
+
+    Forward over reverse: through nn.InstanceNorm2d, forward over forward is wrong without a word, since PyTorch's
+    forward rule, differentiated again, takes the statistics for constants.
     """
-    if isinstance(module, nn.Conv2d):
-        rows = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-        rows = rows.unflatten(1, (module.groups, -1))
-    elif isinstance(module, nn.Linear):
-        rows = x[:, None, :, None]
-    else:
-        if isinstance(module, BATCH_NORMS):
-            x = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
-        else:
-            x = F.group_norm(x, getattr(module, "num_groups", x.shape[1]), eps=module.eps)
-        rows = x.reshape(*x.shape[:2], 1, -1)
-    return torch.cat([rows, torch.ones_like(rows[:, :, :1])], 2) if bias else rows
+    parameters = dict(model.named_parameters())
+
+    def loss(s):
+        moved = parameters | {name: parameters[name] + s * direction}
+        return F.cross_entropy(functional_call(model, moved, (images,)), labels)
+
+    zero = images.new_zeros(())
+    return jvp(grad(loss), (zero,), (torch.ones_like(zero),))[1]
 
 
 #############################################
-#       Exact: the curvature of the loss    #
+#          The curvature of the loss        #
 #############################################
 
 
 def gauss_newton(network, images):
     """The Gauss-Newton part of the diagonal of the summed loss: {layer: [O, D]}, entries as in `directions`.
 
-    Softmax cross-entropy has the Hessian diag(p) - p p^T = sum_c r_c r_c^T in the logits, r_c = sqrt(p_c) (e_c - p):
+    Softmax cross-entropy has the Hessian diag(p) - p p' = sum_c r_c r_c' in the logits, r_c = sqrt(p_c) (e_c - p):
     the part is the sum over classes c of squared per-image gradients of r_c . logits.
     """
     values = network.forward(images)
-    logits = list(values.values())[-1]
+    logits = values[network.nodes[-1]]
     p = logits.detach().softmax(1)
-    rows = {node: directions(network.modules[node], values[node.all_input_nodes[0]].detach(), network.has_bias(node))
-            for node in network.layers}
+    rows = {layer: directions(layer, values).detach() for layer in network.layers}
     totals = dict.fromkeys(rows, 0.)
     for c, e in enumerate(torch.eye(p.shape[1]).to(p)):
-        cotangents = torch.autograd.grad(logits, [values[node] for node in rows], p[:, c:c + 1].sqrt() * (e - p),
-                                         retain_graph=True)
-        for (node, row), cotangent in zip(rows.items(), cotangents):
+        r = p[:, c:c + 1].sqrt() * (e - p)
+        cotangents = torch.autograd.grad(logits, [values[layer] for layer in rows], r, retain_graph=True)
+        for (layer, row), cotangent in zip(rows.items(), cotangents):
             n, groups, _, positions = row.shape
             gradients = cotangent.reshape(n, groups, -1, positions) @ row.mT  # [n, G, O / G, D]
-            totals[node] = totals[node] + gradients.flatten(1, 2).square_().sum(0)
+            totals[layer] = totals[layer] + gradients.flatten(1, 2).square_().sum(0)
     return totals
 
 
 #############################################
-#       Exact: the curvature of norms       #
+#           The curvature of norms          #
 #############################################
 
 
@@ -209,22 +171,156 @@ class Norm(NamedTuple):
         h = gamma * cotangent.reshape_as(z)
         return cls(xhat, h, (h * xhat).sum(-1), inverse[..., 0].square() / z.shape[-1], gamma * inverse)
 
-    def push(self, t, channel, gram, onward):
-        """(curvature, tangents at y) of tangents t [n, D, c, ...] at z that live in `channel`; see `walk`."""
-        xhat, h, k, weight, scale = (v[:, channel] for v in self)
-        d = t.reshape(*t.shape[:2], xhat.shape[1], -1).transpose(1, 2)  # [n, G, D, P]
-        positions = d.shape[-1]
+    def centred(self, t):
+        """d [n, G, D, P] of tangents t [n, D, c, ...] at z, and a = xhat . d [n, G, D]."""
+        d = t.reshape(*t.shape[:2], self.xhat.shape[1], -1).transpose(1, 2)
         d = d - d.mean(-1, keepdim=True)
-        a, b = (d * xhat).sum(-1), (d * h).sum(-1)  # on a CPU three times as fast as a batched product with 2 columns
-        u = weight * (3 / positions * k * a - 2 * b)  # [n, G, D]
-        if gram:
-            weighted = (k * weight)[..., None] * d
-            curvature = u.mT @ a - weighted.transpose(1, 2).flatten(2) @ d.transpose(1, 2).flatten(2).mT
+        return d, (d * self.xhat).sum(-1)  # on a CPU three times as fast as a batched product
+
+    def curvature(self, d, a, as_form):
+        """The curvature along the tangents [n, D], or the form [n, D, D] of which that is the diagonal."""
+        u = self.weight * (3 / d.shape[-1] * self.k * a - 2 * (d * self.h).sum(-1))  # [n, G, D]
+        if as_form:
+            weighted = (self.k * self.weight)[..., None] * d
+            return u.mT @ a - weighted.transpose(1, 2).flatten(2) @ d.transpose(1, 2).flatten(2).mT
+        return (u * a - self.k * self.weight * torch.linalg.vector_norm(d, dim=-1).square()).sum(1)
+
+    def push(self, d, a):
+        """The tangents [n, D, G, P] at y; overwrites d."""
+        return d.addcmul_(a[..., None], self.xhat, value=-1 / d.shape[-1]).mul_(self.scale).transpose(1, 2)
+
+
+def add_norm_curvature(network, images, labels, kept, totals):
+    """Add the norms' part of the summed loss's diagonal to `totals`, at the weights `kept`, both {layer: [O, D]}."""
+    values = network.forward(images)
+    loss = F.cross_entropy(values[network.nodes[-1]], labels, reduction="sum")
+    cotangents = dict(zip(values, torch.autograd.grad(loss, list(values.values()))))
+    with torch.no_grad():
+        lines = {node: linearised(node.module, values[node.sources[0]], cotangents[node]) for node in network.nodes[1:]}
+        for layer in filter(network.followers, network.layers):
+            rows = directions(layer, values)
+            part, total = kept[layer], totals[layer]
+            for o in part.any(1).nonzero().flatten().tolist():
+                t = rows[:, o * rows.shape[1] // len(part), part[o]]
+                total[o, part[o]] += channel_curvature(network, lines, layer, o, t).sum(0)
+
+
+def channel_curvature(network, lines, layer, o, t):
+    """Curvature [n, D] of the norms after `layer` along tangents t [n, D, P] at channel o of its output."""
+    chain = network.chain(layer)
+    end = [layer, *chain][-1]
+    t = t.reshape(*t.shape[:2], 1, *layer.shape[1:])
+    curvature, t = carry(network, lines, chain, layer, t, slice(o, o + 1))
+    tail = network.tail(end)
+    if not tail:
+        return curvature
+    if t.shape[1] > t[0, 0].numel():
+        return curvature + curvature_by_form(network, lines, tail, end, o, t)
+    size = max(1, batch_limit(t.device) // max(len(t) * node.shape.numel() for node in tail))
+    parts = [carry(network, lines, tail, end, *entering(network, end, o, part))[0] for part in t.split(size, 1)]
+    return curvature + torch.cat(parts, 1)
+
+
+def curvature_by_form(network, lines, tail, end, o, t):
+    """Curvature [n, D] on the `tail` along more tangents t [n, D, 1, ...] than the R positions that they live in.
+
+    Why: it is a quadratic form in R numbers. Carrying R unit vectors gives the form, and applying it to the tangents
+    is a product of small matrices (width 128: 1,152 tangents of a channel of the second layer, in 64 positions).
+    """
+    rows = t.flatten(2)
+    R = rows.shape[2]
+    units = torch.eye(R).to(t).reshape(1, R, *t.shape[2:]).expand(len(t), *[-1] * (t.dim() - 1))
+    form, _ = carry(network, lines, tail, end, *entering(network, end, o, units), as_form=True)
+    return ((rows @ form) * rows).sum(2)
+
+
+def entering(network, end, o, t):
+    """Tangents in channel o of the value of `end`, as what reads it takes them: (t, channel).
+
+    Why: a convolution of C channels that is given the only one that is not 0 makes a C-th of the multiplications.
+    Other operations are given all channels.
+    """
+    readers = [node.module for node in network.followers(end)]
+    if all(isinstance(module, nn.Conv2d) and module.groups == 1 for module in readers):
+        return t, slice(o, o + 1)
+    return F.pad(t, [0, 0] * (t.dim() - 3) + [o, end.shape[0] - 1 - o]), ALL
+
+
+def carry(network, lines, path, source, t, channel, as_form=False):
+    """Carry tangents t [n, D, c, ...] in `channel` of the value of `source` along `path`: (curvature met, tangents).
+
+    The tangents are those of the last operation; the curvature is [n, D], or a form [n, D, D].
+    """
+    tangents = {source: (t, channel)}
+    curvature = 0.
+    for step, node in enumerate(path):
+        arriving = [tangents[other] for other in node.sources if other in tangents]
+        t, channel = reduce(operator.add, [t for t, _ in arriving]), arriving[0][1]
+        line = lines[node]
+        if isinstance(line, Norm):
+            norm = Norm(*(v[:, channel] for v in line))
+            d, a = norm.centred(t)
+            curvature = curvature + norm.curvature(d, a, as_form)
+            if network.followers(node):
+                t = norm.push(d, a).reshape(t.shape)
         else:
-            curvature = (u * a - k * weight * torch.linalg.vector_norm(d, dim=-1).square()).sum(1)
-        if onward:
-            t = d.addcmul_(a[..., None], xhat, value=-1 / positions).mul_(scale).transpose(1, 2).reshape(t.shape)
-        return curvature, t
+            t = line(t, channel)
+        tangents[node] = t, channel if node.keeps_channels else ALL
+        for other in set(tangents) - {node}:  # free what is not read any more
+            if not set(path[step + 1:]).intersection(other.users):
+                del tangents[other]
+    return curvature, t
+
+
+#############################################
+#            The rules of each layer        #
+#############################################
+
+CURVED = (nn.GroupNorm, nn.InstanceNorm2d)
+WITH_RULE = (nn.Conv2d, nn.Linear, graph.ChannelLinear, *CURVED, *graph.BATCH_NORMS, *graph.SLOPED, *graph.POOLS,
+             *graph.UNCHANGED, *graph.LINEAR)
+
+
+def has_rule(module):
+    if isinstance(module, nn.Conv2d):
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    if isinstance(module, nn.InstanceNorm2d):
+        return not module.track_running_stats
+    return type(module) in WITH_RULE
+
+
+def linearised(module, x, cotangent):
+    """A layer at input x: a Norm, or a function that maps tangents t [n, D, c, ...] in a channel to its output's."""
+    if isinstance(module, CURVED):
+        return Norm.at(module, x, cotangent)
+    if isinstance(module, graph.SLOPED):
+        slope = jvp(module, (x,), (torch.ones_like(x),))[1]
+        return lambda t, channel: t * slope[:, None, channel]
+    if isinstance(module, graph.BATCH_NORMS):
+        scale = (module.running_var + module.eps).rsqrt()
+        scale = per_channel(scale if module.weight is None else scale * module.weight, x)
+        return lambda t, channel: t * scale[:, None, channel]
+    if isinstance(module, nn.MaxPool2d):
+        index = F.max_pool2d(x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode,
+                             return_indices=True)[1]
+        return lambda t, channel: picked(t, index[:, None, channel])
+    if isinstance(module, nn.AvgPool2d) and takes_quarters(module, x):
+        return lambda t, channel: quarters(t)
+    if isinstance(module, nn.Conv2d):
+        return lambda t, channel: batched(F.conv2d, t, module.weight[:, channel], None, module.stride, module.padding,
+                                          module.dilation, module.groups)
+    if isinstance(module, nn.Linear):
+        return lambda t, channel: batched(torch.matmul, t, module.weight.T)
+    if isinstance(module, graph.ChannelLinear):
+        return lambda t, channel: torch.einsum("oi,ndi...->ndo...", module.weight, t)
+    if isinstance(module, graph.Add):  # of what arrives
+        return lambda t, channel: t
+    return lambda t, channel: batched(module, t)
+
+
+def batched(function, t, *arguments):
+    """A function of [n, ...] applied to t [n, D, ...]."""
+    return function(t.flatten(0, 1), *arguments).unflatten(0, t.shape[:2])
 
 
 def per_channel(v, x):
@@ -232,166 +328,121 @@ def per_channel(v, x):
     return v.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def halves(module, t):
-    return module.kernel_size == module.stride == 2 and not module.padding and not (t.shape[-1] | t.shape[-2]) & 1
+def picked(t, index):
+    """The values of t [n, D, c, H, W] at the positions `index` [n, 1, c, h, w]."""
+    return torch.take_along_dim(t.flatten(3), index.flatten(3), 3).unflatten(3, index.shape[3:])
 
 
-def observe(module, x, y, cotangent):
-    """What a layer's tangents depend on at these images."""
-    if isinstance(module, CURVED):
-        return Norm.at(module, x, cotangent)
-    if isinstance(module, nn.ReLU):
-        return (y > 0).to(y.dtype)
-    if isinstance(module, BATCH_NORMS):
-        scale = (module.running_var + module.eps).rsqrt()
-        return per_channel(scale if module.weight is None else scale * module.weight, x)
-    if isinstance(module, nn.MaxPool2d):
-        return F.max_pool2d(x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode,
-                            return_indices=True)[1]
+def takes_quarters(module, x):
+    """Does the pooling take means of 2 x 2 pixels, of all of them?"""
+    plain = module.kernel_size == module.stride == 2 and module.padding == 0 and module.divisor_override is None
+    return plain and x.shape[-1] % 2 == x.shape[-2] % 2 == 0
 
 
-def push(module, seen, t, channel):
-    """Tangents t [n, D, c, ...] in `channel` of the input of a layer without curvature, at its output."""
-    if isinstance(module, (nn.Identity, nn.Dropout, Add)):
-        return t
-    if isinstance(module, (nn.ReLU, *BATCH_NORMS)):
-        return t * seen[:, None, channel]
-    if isinstance(module, nn.MaxPool2d):
-        index = seen[:, None, channel].expand(-1, t.shape[1], *[-1] * 3)
-        return t.flatten(3).gather(3, index.flatten(3)).view_as(index)
-    if isinstance(module, nn.AvgPool2d) and halves(module, t):
-        t = t[..., ::2, :] + t[..., 1::2, :]  # eight times as fast as avg_pool2d on a CPU
-        return (t[..., ::2] + t[..., 1::2]).mul_(1 / 4)
-    flat = t.flatten(0, 1)
+def quarters(t):
+    t = t[..., ::2, :] + t[..., 1::2, :]  # eight times as fast as avg_pool2d on a CPU
+    return (t[..., ::2] + t[..., 1::2]).mul_(1 / 4)
+
+
+def directions(layer, values):
+    """Tangents at one output channel of a layer along each of that channel's own parameters, the bias last.
+
+    They are [n, G, D, P], at P positions; output channel o of O belongs to group o // (O / G): the shifted input
+    channels of a convolution, the inputs of a linear layer, the normalised values of a norm, and ones for the bias.
+    """
+    module, x = layer.module, values[layer.sources[0]]
     if isinstance(module, nn.Conv2d):
-        flat = F.conv2d(flat, module.weight[:, channel], None, module.stride, module.padding, module.dilation,
-                        module.groups)
-    elif isinstance(module, nn.Linear):
-        flat = flat @ module.weight.T
+        rows = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        rows = rows.unflatten(1, (module.groups, -1))
+    elif isinstance(module, (nn.Linear, graph.ChannelLinear)):
+        rows = x.reshape(len(x), 1, x.shape[1], -1)
     else:
-        flat = module(flat)
-    return flat.unflatten(0, t.shape[:2])
-
-
-def walk(network, seen, path, source, t, channel, gram=False):
-    """Push tangents t in `channel` of the value of `source` along `path`: (curvature met, tangents at the end).
-
-    The curvature is [n, D]; with `gram` it is the form [n, D, D] whose diagonal that is.
-    """
-    tangents, curvature = {source: (t, channel)}, 0.
-    for step, node in enumerate(path):
-        module = network.modules[node]
-        arriving = [tangents[other] for other in node.all_input_nodes if other in tangents]
-        t, channel = reduce(operator.add, [t for t, _ in arriving]), arriving[0][1]
-        if isinstance(module, CURVED):
-            bend, t = seen[node].push(t, channel, gram, network.followers(node))
-            curvature = curvature + bend
+        if isinstance(module, graph.BATCH_NORMS):
+            x = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
         else:
-            t = push(module, seen[node], t, channel)
-        tangents[node] = t, channel if is_channelwise(module) else ALL
-        for other in set(tangents) - {node}:  # free what is not read any more
-            if not set(path[step + 1:]).intersection(other.users):
-                del tangents[other]
-    return curvature, t
+            x = F.group_norm(x, getattr(module, "num_groups", x.shape[1]), eps=module.eps)
+        rows = x.reshape(*x.shape[:2], 1, -1)
+    return torch.cat([rows, torch.ones_like(rows[:, :, :1])], 2) if bias_matters(layer) else rows
 
 
-def batch_limit(device):
-    """Numbers in a batch of tangents: few enough for a processor's cache, enough to fill a GPU."""
-    return 1 << (20 if device.type == "cpu" else 26)
+def bias_matters(layer):
+    """Does the layer have a bias, and one that not only instance norms read? These remove it: derivatives of 0."""
+    removed = [isinstance(user.module, CURVED) and user.keeps_channels for user in layer.users]
+    return layer.module.bias is not None and not (removed and all(removed))
 
 
-def channel_curvature(network, values, seen, layer, o, t):
-    """Curvature [n, D] of the norms after `layer` along tangents t [n, D, P] at channel o of its output.
-
-    After that channel's own norm and pooling, the D tangents lie in a space of R dimensions, its positions. With D > R
-    the rest of the network is walked with the R unit vectors, and the form they give is applied to all D.
-    """
-    chain, channel = network.chain(layer), slice(o, o + 1)
-    t = t.reshape(*t.shape[:2], 1, *values[layer].shape[2:])
-    curvature, t = walk(network, seen, chain, layer, t, channel)
-    end = ([layer] + chain)[-1]
-    tail = network.tail(end)
-    if not tail:
-        return curvature
-    shape, rows = t.shape[3:], t.flatten(2)
-    R = rows.shape[2]
-    small = t.shape[1] > R
-    if small:
-        t = torch.eye(R).to(t).reshape(1, R, 1, *shape).expand(len(t), *[-1] * (2 + len(shape)))
-    narrow = all(isinstance(m, nn.Conv2d) and m.groups == 1 for m in map(network.modules.get, network.followers(end)))
-    if not narrow:  # these layers are given all channels
-        t = F.pad(t, [0, 0] * len(shape) + [o, values[end].shape[1] - 1 - o])
-        channel = ALL
-    if small:
-        form, _ = walk(network, seen, tail, end, t, channel, gram=True)
-        return curvature + ((rows @ form) * rows).sum(2)
-    size = max(1, batch_limit(t.device) // max(values[node].numel() for node in tail))
-    return curvature + torch.cat([walk(network, seen, tail, end, part, channel)[0] for part in t.split(size, 1)], 1)
+def kept_entries(layer, mask):
+    """Which of a layer's own parameters survive: bool [O, D], as in `directions`."""
+    weight = layer.module.weight
+    kept = mask.get(f"{layer.name}.weight", torch.ones_like(weight, dtype=torch.bool)).reshape(len(weight), -1)
+    return torch.cat([kept, torch.ones_like(kept[:, :1])], 1) if bias_matters(layer) else kept
 
 
-def add_norm_curvature(network, images, labels, kept, totals):
-    """Add the norms' part of the summed loss's diagonal to `totals`, at the weights `kept`, both {layer: [O, D]}."""
-    values = network.forward(images)
-    loss = F.cross_entropy(list(values.values())[-1], labels, reduction="sum")
-    cotangents = dict(zip(values, torch.autograd.grad(loss, list(values.values()))))
-    with torch.no_grad():
-        seen = {node: observe(module, values[node.all_input_nodes[0]], values[node], cotangents[node])
-                for node, module in network.modules.items()}
-        for layer in filter(network.followers, network.layers):
-            rows = directions(network.modules[layer], values[layer.all_input_nodes[0]], network.has_bias(layer))
-            part, total = kept[layer], totals[layer]
-            for o in part.any(1).nonzero().flatten().tolist():
-                t = rows[:, o * rows.shape[1] // len(part), part[o]]
-                total[o, part[o]] += channel_curvature(network, values, seen, layer, o, t).sum(0)
-
-
-def diagonal_terms(network, kept, images, labels):
-    """{layer: [2, O, D]}: the Gauss-Newton part and the whole diagonal of the summed loss."""
-    terms = {layer: torch.stack([part * kept[layer]] * 2) for layer, part in gauss_newton(network, images).items()}
-    if network.leading:
-        add_norm_curvature(network, images, labels, kept, {layer: term[1] for layer, term in terms.items()})
-    return terms
-
-
-def exact_diagonal(model, images, labels, mask, progress=None):
-    """(Gauss-Newton part, diagonal, method) of the Hessian of the mean loss, both {name: tensor} of all parameters.
-
-    Pruned weights are exactly 0. `model` is in eval mode. On a CPU, torch's threads work on different images;
-    `progress(n)` is called after every n images. Raises UserError.
-    """
-    network = Network(model)
-    kept = {layer: surviving(network, layer, mask) for layer in network.layers}
-    sums = {layer: torch.zeros(2, *part.shape).to(images) for layer, part in kept.items()}
-    largest = max(value.numel() for value in network.forward(images[:1]).values())
-    few = max(1, batch_limit(images.device) // (8 * largest))
-    workers = torch.get_num_threads() if images.device.type == "cpu" else 1
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        batches = images.split(few), labels.split(few)
-        for terms, done in zip(pool.map(partial(diagonal_terms, network, kept), *batches), batches[1]):
-            for layer, term in terms.items():
-                sums[layer] += term / len(labels)
-            if progress:
-                progress(len(done))
-    method = "exact (structured)" if network.leading else "exact (Gauss-Newton, piecewise linear)"
-    return *(named(model, network, {layer: both[i] for layer, both in sums.items()}) for i in (0, 1)), method
-
-
-def surviving(network, layer, mask):
-    """Which of a layer's own parameters survive: bool [O, D]."""
-    weight = network.modules[layer].weight
-    kept = mask.get(f"{layer.target}.weight", torch.ones_like(weight, dtype=torch.bool)).reshape(len(weight), -1)
-    return torch.cat([kept, torch.ones_like(kept[:, :1])], 1) if network.has_bias(layer) else kept
-
-
-def named(model, network, matrices):
+def by_name(model, matrices):
     """Matrices {layer: [O, D]} as {parameter name: tensor}; 0 for parameters that are in none."""
     tensors = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for layer, matrix in matrices.items():
-        weight = tensors[f"{layer.target}.weight"]
+        weight = tensors[f"{layer.name}.weight"]
         weight.copy_(matrix[:, :weight[0].numel()].reshape(weight.shape))
-        if network.has_bias(layer):
-            tensors[f"{layer.target}.bias"].copy_(matrix[:, -1])
+        if bias_matters(layer):
+            tensors[f"{layer.name}.bias"].copy_(matrix[:, -1])
     return tensors
+
+
+class Network:
+    """A model's operations, its `layers` with weights, and the nodes `leading` to the curvature of a norm.
+
+    UserError names the first operation that the exact way has no rule for, at images [n, ...] like these.
+    """
+
+    def __init__(self, model, images):
+        check_eval_mode(model)
+        try:
+            self.nodes = graph.trace(model, images)
+            for node in self.nodes:
+                if not has_rule(node.module):
+                    raise UserError(f"{node.module} in {node.name}")
+        except UserError as error:
+            what = f"the exact Hessian diagonal has no rule for {error}"
+            raise UserError(f"{what}; --method estimate needs none") from error
+        self.layers = [node for node in self.nodes if getattr(node.module, "weight", None) is not None]
+        self.leading = set()
+        for node in reversed(self.nodes):
+            if isinstance(node.module, CURVED) or self.followers(node):
+                self.leading.add(node)
+
+    def forward(self, images):
+        """{node: value}, the logits [N, K] last. The images require a gradient, to have one at every value."""
+        return graph.run(self.nodes, images.clone().requires_grad_())
+
+    def followers(self, node):
+        """The nodes that read this one's value and lead to the curvature of a norm."""
+        return [user for user in node.users if user in self.leading]
+
+    def chain(self, node):
+        """The nodes after this one through which a tangent in one channel stays in that channel."""
+        path = []
+        after = self.followers(node)
+        while len(after) == 1 and after[0].keeps_channels:
+            path += after
+            after = self.followers(after[0])
+        return path
+
+    def tail(self, node):
+        """All nodes between this one and the last curved norm after it."""
+        reached = {node}
+        for other in self.nodes:
+            if other in self.leading and reached.intersection(other.sources):
+                reached.add(other)
+        return [other for other in self.nodes if other in reached - {node}]
+
+
+def check_eval_mode(model):
+    """Refuse BatchNorm with the batch's statistics, which couple samples. Raises UserError."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise UserError(f"BatchNorm {name} is in train mode: statistics of the batch couple its samples; "
+                            "call eval(), with running statistics")
 
 
 #############################################
@@ -406,26 +457,31 @@ class Hessian:
     """
 
     def __init__(self, model, images, labels, mask):
-        names, self.parameters = zip(*model.named_parameters())
+        check_eval_mode(model)
+        self.parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}  # frozen ones too
+        self.sizes = [p.numel() for p in self.parameters.values()]
         self.n, self.own = len(labels), own_images()
-        self.logits = model(images[self.own])
+        self.logits = functional_call(model, self.parameters, (images[self.own],))
         loss = F.cross_entropy(self.logits, labels[self.own], reduction="sum") / self.n
         self.gradients = self.grad(loss, create_graph=True)
-        every = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
-        self.kept = torch.cat([kept.flatten() for kept in (every | mask).values()])
-        self.prunable = torch.cat([torch.full_like(p, name in mask).flatten() for name, p in every.items()])
+        kept = [mask.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in self.parameters.items()]
+        self.kept = flat(kept)
+        self.prunable = flat([torch.full_like(part, name in mask) for name, part in zip(self.parameters, kept)])
         self.chosen = (self.kept & self.prunable).nonzero().flatten()  # the surviving prunable weights
 
     def grad(self, *outputs, **options):
-        return torch.autograd.grad(*outputs, self.parameters, allow_unused=True, materialize_grads=True, **options)
+        return torch.autograd.grad(*outputs, list(self.parameters.values()), allow_unused=True,
+                                   materialize_grads=True, **options)
 
     def product(self, v):
-        return ranks.sum_over_ranks_(self.own_product(v))
+        product = ranks.sum_over_ranks_(self.own_product(v))
+        check_finite("a product with the Hessian", dict(zip(self.parameters, product.split(self.sizes))))
+        return product
 
     def own_product(self, v):
-        parts = (v * self.kept).split([p.numel() for p in self.parameters])
+        parts = (v * self.kept).split(self.sizes)
         inner = sum((g * part.view_as(g)).sum() for g, part in zip(self.gradients, parts))
-        return torch.cat([g.flatten() for g in self.grad(inner, retain_graph=True)]) * self.kept
+        return flat(self.grad(inner, retain_graph=True)) * self.kept
 
     def entry(self, i):
         """One diagonal entry of this rank's images, by one product: the way of the paper's code."""
@@ -440,44 +496,54 @@ class Hessian:
         """v * Hv for random signs v, the diagonal plus noise (Hutchinson), and the Gauss-Newton trace plus noise."""
         p = self.logits.detach().softmax(1)
         r = p.sqrt() * self.signs(generator, (self.n, p.shape[1]))[self.own]
-        root = torch.cat([g.flatten() for g in self.grad(self.logits, grad_outputs=r - p * r.sum(1, keepdim=True),
-                                                         retain_graph=True)])
-        root = ranks.sum_over_ranks_(root * self.kept)
+        root = self.grad(self.logits, grad_outputs=r - p * r.sum(1, keepdim=True), retain_graph=True)
+        root = ranks.sum_over_ranks_(flat(root) * self.kept)
         v = self.signs(generator)
         return v * self.product(v), root.square().sum() / self.n
+
+    def top_eigenvalue(self, generator, steps=100, tolerance=.001):
+        """(largest eigenvalue, error bar) by Lanczos: an eigenvalue lies within the error bar, the residual's norm.
+
+        The vectors are not kept and not orthogonalised again, which repeats eigenvalues but leaves the largest in place.
+        """
+        start = torch.randn(len(self.kept), generator=generator).to(self.logits) * self.kept
+        q, previous = start / start.norm(), torch.zeros_like(start)
+        alphas, betas = [], [0.]
+        for _ in range(steps):
+            r = self.product(q) - betas[-1] * previous
+            alphas.append(float(q @ r))
+            r -= alphas[-1] * q
+            betas.append(float(r.norm()))
+            off = torch.tensor(betas[1:-1], dtype=torch.float64)
+            T = torch.diag(torch.tensor(alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+            values, vectors = torch.linalg.eigh(T)
+            error = betas[-1] * abs(float(vectors[-1, -1]))
+            if error <= tolerance * abs(float(values[-1])):
+                break
+            previous, q = q, r / betas[-1]
+        return float(values[-1]), error
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def own_images():
     """The part of a batch's images that this rank has."""
-    rank, count, *_ = ranks.together.get()
-    return slice(rank, None, count)
-
-
-def top_eigenvalue(product, start, steps=100, tolerance=.001):
-    """(largest eigenvalue, error bar) by Lanczos: an eigenvalue lies within the error bar, the norm of the residual.
-
-    The vectors are not kept and not orthogonalised again, which repeats eigenvalues but leaves the largest in place.
-    """
-    q, previous, alphas, betas = start / start.norm(), torch.zeros_like(start), [], [0.]
-    for _ in range(steps):
-        r = product(q) - betas[-1] * previous
-        alphas.append(float(q @ r))
-        r -= alphas[-1] * q
-        betas.append(float(r.norm()))
-        off = torch.tensor(betas[1:-1], dtype=torch.float64)
-        T = torch.diag(torch.tensor(alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
-        values, vectors = torch.linalg.eigh(T)
-        error = betas[-1] * abs(float(vectors[-1, -1]))
-        if error <= tolerance * abs(float(values[-1])):
-            break
-        previous, q = q, r / betas[-1]
-    return float(values[-1]), error
+    return slice(ranks.current().rank, None, ranks.current().size)
 
 
 def jackknife(left_out):
     """Standard errors from statistics [..., m] that leave out one of m samples each."""
     m = left_out.shape[-1]
     return ((m - 1) * left_out.var(-1, correction=0)).sqrt()
+
+
+def trace_figures(traces, loss_traces):
+    """The trace, and the Gauss-Newton share of it, from probes [m] of both."""
+    left_out = [part.sum() - part for part in (traces, loss_traces)]
+    return {"trace": (traces.mean(), traces.std() / len(traces) ** .5),
+            "gauss_newton_share": (loss_traces.sum() / traces.sum(), jackknife(left_out[1] / left_out[0]))}
 
 
 def probe_figures(D, total):
@@ -495,7 +561,7 @@ def probe_figures(D, total):
 
 
 def sample_figures(entries, weights, total):
-    """All five figures over `total` weights, of which `weights` survive, from entries of a random sample of these.
+    """The first five figures over `total` weights, of which `weights` survive, from entries of random ones of these.
 
     min and max are the sample's; the others have the sampling error as error bar.
     """
@@ -507,9 +573,11 @@ def sample_figures(entries, weights, total):
         mean, square, mean_abs = share * sums / n
         return torch.stack([mean, (square - mean * mean).clamp(min=0).sqrt(), mean_abs])
 
-    errors = jackknife(statistics(sums - powers, n - 1)) * (1 - n / weights) ** .5
-    extremes = torch.cat([entries, entries.new_zeros(int(weights < total))])  # the pruned ones are 0
-    values = [extremes.min(), extremes.max(), *statistics(sums, n)[:, 0]]
+    errors = torch.zeros(3)
+    if n < weights:
+        errors = jackknife(statistics(sums - powers, n - 1)) * (1 - n / weights) ** .5
+    with_pruned = entries if weights == total else F.pad(entries, (0, 1))  # the pruned ones are 0
+    values = [with_pruned.min(), with_pruned.max(), *statistics(sums, n)[:, 0]]
     return dict(zip(FIGURES, zip(values, (0., 0., *errors))))
 
 
@@ -518,99 +586,108 @@ def sample_figures(entries, weights, total):
 #############################################
 
 
-def measure(model, images, labels, mask, method, weights, probes, generator):
-    """({scope: {figure: (value, error bar)}}, diagonals, method) at one batch; scopes are "all" and "surviving".
+def measure_exact(model, images, labels, mask, generator):
+    """({scope: {figure: (value, error bar)}}, diagonals, method) of one batch; scopes are "all" and "surviving".
 
-    `method` is exact, estimate or brute; the last two take `weights` random weights exactly (None: all surviving) and
-    `probes` random vectors, and give no diagonals. Raises UserError.
+    Raises UserError.
     """
-    check_batchnorm(model)
     hessian = Hessian(model, images, labels, mask)
+    top = hessian.top_eigenvalue(generator)
+    own = labels[own_images()]
+    with tqdm(total=len(own), desc="diagonal", unit="image", disable=None, leave=False) as bar:
+        *parts, method = exact_diagonal(model, images[own_images()], own, mask, bar.update)
+    for part in parts:
+        for h in part.values():
+            ranks.sum_over_ranks_(h.mul_(len(own) / len(labels)))
+    loss_part, diagonal = parts
+    check_finite("the Hessian's diagonal", diagonal)
+    loss_trace, trace = (sum(float(h.double().sum()) for h in part.values()) for part in parts)
+    share = loss_trace / trace if trace else math.nan
+    shared = {"top_eigenvalue": top, "trace": (trace, 0.), "gauss_newton_share": (share, 0.)}
+    entries = torch.cat([diagonal[name][kept] for name, kept in mask.items()])
+    figures = {scope: shared | sample_figures(entries, len(entries), total) for scope, total in totals(mask).items()}
+    return figures, {"diagonal": diagonal, "gauss_newton": loss_part}, method
+
+
+def measure_estimate(model, images, labels, mask, weights, probes, generator):
+    """As measure_exact, but from `probes` random vectors and exact entries of `weights` random weights: no diagonals."""
+    hessian = Hessian(model, images, labels, mask)
+    top = hessian.top_eigenvalue(generator)
     bar = partial(tqdm, disable=None, leave=False)
-    start = torch.randn(len(hessian.kept), generator=generator).to(hessian.logits) * hessian.kept
-    shared = {"top_eigenvalue": top_eigenvalue(hessian.product, start)}
-    if method == "exact":
-        own = labels[own_images()]
-        with bar(total=len(own), desc="diagonal", unit="image") as images_done:
-            *parts, label = exact_diagonal(model, images[own_images()], own, mask, images_done.update)
-        loss_part, diagonal = ({name: ranks.sum_over_ranks_(h * (len(own) / len(labels))) for name, h in part.items()}
-                               for part in parts)
-        trace, loss_trace = (sum(float(h.double().sum()) for h in part.values()) for part in (diagonal, loss_part))
-        shared |= {"trace": (trace, 0.), "gauss_newton_share": (loss_trace / trace, 0.)}
-        entries = torch.cat([diagonal[name][kept] for name, kept in mask.items()])
-        diagonals = {"diagonal": diagonal, "gauss_newton": loss_part}
-    else:
-        noisy = [hessian.probe(generator) for _ in bar(range(probes), desc="probes")]
-        D, loss_traces = (torch.stack(part) for part in zip(*noisy))
-        shared |= trace_figures(D.sum(1).double(), loss_traces.double())
-        order = torch.randperm(len(hessian.chosen), generator=generator)[:weights]
-        entries = torch.stack([hessian.entry(i) for i in bar(hessian.chosen[order.to(images.device)], desc="weights")])
-        entries = ranks.sum_over_ranks_(entries)
-        sample = f"{len(entries)} exact entries"
-        if len(entries) < len(hessian.chosen):  # (1 - fraction beyond) ** n = 5%
-            sample += f" (95% sure: at most {1 - .05 ** (1 / len(entries)):.1%} of weights beyond min or max)"
-        label = {"estimate": f"estimate: {probes} probes; min, max, mean |h| of {sample}",
-                 "brute": f"brute: {sample}; trace, GN share of {probes} probes"}[method]
-        diagonals = {}
+    D, loss_traces = map(torch.stack, zip(*(hessian.probe(generator) for _ in bar(range(probes), desc="probes"))))
+    shared = {"top_eigenvalue": top} | trace_figures(D.sum(1).double(), loss_traces.double())
+    survivors = len(hessian.chosen)
+    sample = hessian.chosen[torch.randperm(survivors, generator=generator)[:weights].to(images.device)]
+    entries = ranks.sum_over_ranks_(torch.stack([hessian.entry(i) for i in bar(sample, desc="weights")]))
     figures = {}
-    for scope, total in ("all", int(hessian.prunable.sum())), ("surviving", len(hessian.chosen)):
-        figures[scope] = shared | sample_figures(entries, len(hessian.chosen), total)
-        if method == "estimate":
-            figures[scope] |= probe_figures(D[:, hessian.chosen], total)
-    return figures, diagonals, label
+    for scope, total in totals(mask).items():
+        of_sample = sample_figures(entries, survivors, total)
+        figures[scope] = shared | of_sample | probe_figures(D[:, hessian.chosen], total)
+    method = f"estimate: {probes} probes; min, max, mean |h| of {len(entries)} exact entries"
+    if len(entries) < survivors:  # (1 - fraction beyond) ** n = 5%
+        method += f" (95% sure: at most {1 - .05 ** (1 / len(entries)):.1%} of weights beyond min or max)"
+    return figures, {}, method
 
 
-def trace_figures(traces, loss_traces):
-    """The trace, and the Gauss-Newton share of it, from probes [m] of both."""
-    left_out = [part.sum() - part for part in (traces, loss_traces)]
-    return {"trace": (traces.mean(), traces.std() / len(traces) ** .5),
-            "gauss_newton_share": (loss_traces.sum() / traces.sum(), jackknife(left_out[1] / left_out[0]))}
+def totals(mask):
+    """How many weights a row of the table is of."""
+    return {"all": sum(kept.numel() for kept in mask.values()), "surviving": sum(int(m.sum()) for m in mask.values())}
 
 
-def check_batchnorm(model):
-    """Refuse BatchNorm with the batch's statistics: it couples samples. Raises UserError."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise UserError(f"BatchNorm {name} is in train mode: statistics of the batch couple its samples; "
-                            "call eval(), with running statistics")
+def check_finite(what, tensors):
+    """Raises UserError that names the first entry of {name: tensor} that is NaN or infinite."""
+    for name, h in tensors.items():
+        broken = (~h.isfinite()).nonzero()
+        if len(broken):
+            index = tuple(broken[0].tolist())
+            raise UserError(f"{what} is {float(h[index])} at {name}{list(index)}")
 
 
-def analyse(path, subnetwork, train, settings, args):
-    """The result of one mask, from --out when it is there already, else computed and saved."""
-    file = tickets.result_path(args.out, path, ".pt")
-    if ranks.first_says(file.exists()) and (earlier := common.load(file)).get("settings") == settings:
-        return earlier
-    masks, dtype, seed = subnetwork["masks"], getattr(torch, args.dtype), settings["batch_seed"]
-    trained = tickets.endpoint(args.endpoints, path, subnetwork, train, 0, args.epochs, args.seed,
-                               overwrite=args.overwrite)
-    model = common.build_network(subnetwork["config"]).to(train.labels.device)
-    model.load_state_dict(trained["state"])
-    common.apply_mask(model, masks)
-    model = model.to(dtype).eval()
-    broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
-    if broken:
-        raise UserError(f"{path}: {broken} of the trained network holds NaN or infinity")
-    order = torch.randperm(len(train), generator=random_stream(seed, "hessian batches"))
-    figures, diagonals = [], []
+def analyse(path, ticket, train, settings, args):
+    """The result of one ticket, from --out when it is there already, else computed and saved."""
+    file = result_path(args.out, path, ".pt")
+    if ranks.broadcast(file.exists()):
+        earlier = files.load(file)
+        if not files.difference(earlier.get("settings", {}), settings, ignored=("sparse",)):
+            return earlier
+    model = trained_network(path, ticket, train, args)
+    order = torch.randperm(len(train), generator=random_stream(settings["batch_seed"], "hessian batches"))
+    measured = []
     for number, index in enumerate(order[:args.batch * args.batches].split(args.batch)):
         images, labels = train.batch(index)
-        measured = measure(model, images.to(dtype), labels, masks, args.method, args.weights, args.probes,
-                           random_stream(seed, "hessian", number))
-        figures.append(measured[0])
-        diagonals.append(measured[1])
-    result = {"format": FORMAT, "settings": settings, "method": measured[2], "sparsity": subnetwork["sparsity"],
-              "config": subnetwork["config"], "masks": masks,
-              "scopes": {scope: over_batches([batch[scope] for batch in figures]) for scope in ("all", "surviving")}}
-    for part in diagonals[0]:
-        result[part] = {name: sum(d[part][name] for d in diagonals) / len(diagonals) for name in diagonals[0][part]}
-    common.save(file, result)
+        batch = model, images.to(getattr(torch, args.dtype)), labels, ticket["masks"]
+        generator = random_stream(settings["batch_seed"], "hessian", number)
+        if args.method == "exact":
+            measured.append(measure_exact(*batch, generator))
+        else:
+            measured.append(measure_estimate(*batch, args.weights, args.probes, generator))
+    figures, diagonals, methods = zip(*measured)
+    result = {"format": "lottery-hessian-1", "settings": settings, "method": methods[-1],
+              "scopes": {scope: over_batches([batch[scope] for batch in figures]) for scope in figures[0]},
+              **{key: ticket[key] for key in ("sparsity", "config", "masks")}}
+    for part, first in diagonals[0].items():
+        result[part] = {name: sum(batch[part][name] for batch in diagonals) / len(diagonals) for name in first}
+    files.save(file, result)
     return result
+
+
+def trained_network(path, ticket, train, args):
+    """The ticket's endpoint of the first data order as a network in eval mode. Raises UserError."""
+    trained = endpoint(args.endpoints, path, ticket, train, 0, args.epochs, args.seed, overwrite=args.overwrite)
+    model = build_network(ticket["config"]).to(train.labels.device)
+    model.load_state_dict(trained["state"])
+    apply_mask(model, ticket["masks"])
+    check_finite(f"{path}: the trained network", dict(model.named_parameters()))
+    return model.to(getattr(torch, args.dtype)).eval()
 
 
 def over_batches(figures):
     """{figure: [mean, standard deviation, error bar of the mean]} over batches of {figure: (value, error bar)}."""
-    return {name: [*mean_and_std([float(f[name][0]) for f in figures]),
-                   math.hypot(*(float(f[name][1]) for f in figures)) / len(figures)] for name in FIGURES}
+    joined = {}
+    for name in FIGURES:
+        values, errors = zip(*((float(value), float(error)) for value, error in (batch[name] for batch in figures)))
+        joined[name] = [*mean_and_std(values), math.hypot(*errors) / len(figures)]
+    return joined
 
 
 #############################################
@@ -623,34 +700,36 @@ def label_of(result):
 
 
 def paper_figures(result):
-    """The paper's row for this subnetwork, or None when network, data or sparsity are others."""
-    config = result["config"]
+    """The paper's row for this ticket, or None when network, data or sparsity are others."""
+    config, percent = result["config"], 100 * result["sparsity"]
     same = (config["model"], config["dataset"], config.get("norm") or "instance", config.get("width") or 128,
             config.get("train_images")) == ("convnet3", "cifar10", "instance", 128, None)
-    key = label_of(result).split(",")[0], min((0, 60, 90), key=lambda level: abs(level - 100 * result["sparsity"]))
-    return PAPER.get(key) if same and abs(key[1] - 100 * result["sparsity"]) < 2 else None
+    level = min((0, 60, 90), key=lambda level: abs(level - percent))
+    return PAPER.get((label_of(result).split(",")[0], level)) if same and abs(level - percent) < 2 else None
 
 
 def print_table(results):
     print_row("subnetwork", "sparsity", "weights",
               ("min / max", "mean +- std", "mean |h|", "trace", "top eigenvalue", "GN share"))
     for result in results:
-        exact, several = result["settings"]["method"] == "exact", result["settings"]["batches"] > 1
+        exact = result["settings"]["method"] == "exact"
         for scope, figures in result["scopes"].items():
             means, spreads, errors = ({name: f[i] for name, f in figures.items()} for i in range(3))
             print_row(label_of(result), f"{result['sparsity']:.1%}", scope, cells(means))
             if not exact:
-                print_row("  error bar", "", "", cells(errors))
-            if several:
+                print_row("  error bar", "", "", cells({name: errors[name] for name in FIGURES[2:]}))
+            if result["settings"]["batches"] > 1:
                 print_row("  std over batches", "", "", cells(spreads))
             if scope == "all" and paper_figures(result):
                 print_row("  paper", "", "", cells(dict(zip(FIGURES, paper_figures(result)))))
-        print(f"  {result['method']}" + f"; top eigenvalue +- {errors['top_eigenvalue']:.1g}" * exact)
+        ending = f"; top eigenvalue +- {errors['top_eigenvalue']:.1g}" if exact else ""
+        print(f"  {result['method']}{ending}")
 
 
 def cells(figures):
-    low, high, mean, std, *rest = (f"{figures[name]:.3g}" if figures.get(name) else "" for name in FIGURES)
-    return f"{low} / {high}" * bool(low and high), f"{mean} +- {std}" * bool(mean and std), *rest
+    """The columns of a row, empty where a figure is missing."""
+    low, high, mean, std, *rest = (f"{figures[name]:.3g}" if name in figures else "" for name in FIGURES)
+    return f"{low} / {high}" if low else "", f"{mean} +- {std}", *rest
 
 
 def print_row(label, sparsity, scope, cells):
@@ -659,12 +738,16 @@ def print_row(label, sparsity, scope, cells):
 
 
 def table_rows(results):
-    """A row for each mask and scope, for hessian.csv."""
-    return [{"mask": path, "family": label_of(result), "sparsity": result["sparsity"], "method": result["method"],
-             "scope": scope, **result["settings"]}
-            | {name + ending: value for name, figure in figures.items()
-               for ending, value in zip(("", "_std", "_error"), figure)}
-            for path, result in results.items() for scope, figures in result["scopes"].items()]
+    """A row for each ticket and scope, for hessian.csv."""
+    rows = []
+    for path, result in results.items():
+        for scope, figures in result["scopes"].items():
+            row = {"mask": path, "family": label_of(result), "sparsity": result["sparsity"],
+                   "method": result["method"], "scope": scope, **result["settings"]}
+            for name, (mean, spread, error) in figures.items():
+                row |= {name: mean, f"{name}_std": spread, f"{name}_error": error}
+            rows.append(row)
+    return rows
 
 
 def draw_histograms(results, path):
@@ -685,7 +768,7 @@ def draw_histograms(results, path):
         axes.set_xlabel("second derivative of the loss along a weight")
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("surviving weights")
-    common.save(path, figure)
+    files.save(path, figure)
 
 
 #############################################
@@ -694,59 +777,71 @@ def draw_histograms(results, path):
 
 
 def parse(argv=None):
-    parser = common.Parser(__doc__)
-    tickets.subnetwork_flags(parser)
-    group = parser.add_argument_group("Hessian diagonal")
-    group.add_argument("--batch", type=common.positive, default=64, help="training images in a batch (64)")
-    group.add_argument("--batches", type=common.positive, default=1, help="batches: means, and their spread (1)")
-    group.add_argument("--method", choices=("exact", "estimate", "brute"), default="exact",
-                       help="exact; estimate: any network, with error bars; brute: a Hessian product a weight (exact)")
-    group.add_argument("--weights", type=common.at_least(2), metavar="N",
-                       help="random weights with exact entries (estimate: 200, brute: all)")
-    group.add_argument("--probes", type=common.at_least(3), default=64, help="random vectors of the estimates (64)")
-    group.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(float32)")
-    group.add_argument("--endpoints", type=common.folder, default=Path("runs/stability"), metavar="DIR",
-                       help="trained subnetworks of stability.py, made when missing (runs/stability)")
-    group.add_argument("--overwrite", action="store_true", help="replace end points of other settings")
-    group.add_argument("--out", type=common.folder, default=Path("runs/hessian"), metavar="DIR",
-                       help="table, picture, diagonals (runs/hessian)")
+    parser = cli.Parser(__doc__)
+    cli.ticket_flags(parser)
+    flag = parser.add_argument_group("Hessian diagonal").add_argument
+    flag("--batch", type=cli.positive, default=64, help="training images in a batch (64)")
+    flag("--batches", type=cli.positive, default=1, help="batches: means, and their spread (1)")
+    flag("--method", choices=("exact", "estimate"), default="exact", help="estimate: any network, error bars (exact)")
+    flag("--weights", type=cli.at_least(2), metavar="N", help="estimate: random weights with exact entries (200)")
+    flag("--probes", type=cli.at_least(3), default=64, help="estimate: random vectors (64)")
+    flag("--dtype", choices=("float32", "float64"), default="float32", help="(float32)")
+    flag("--endpoints", type=cli.folder, default=Path("runs/stability"), metavar="DIR",
+         help="endpoints of stability.py, trained when missing (runs/stability)")
+    flag("--overwrite", action="store_true", help="replace endpoints of other settings")
+    flag("--out", type=cli.folder, default=Path("runs/hessian"), metavar="DIR",
+         help="table, picture, diagonals (runs/hessian)")
     args = parser.parse_args(argv)
-    args.weights = args.weights or (200 if args.method == "estimate" else None)
+    if args.method == "estimate":
+        args.weights = args.weights or 200
     return args
 
 
-def settings_of(args, subnetwork, train):
+def settings_of(args, ticket, train):
     """All that a result depends on; a result with equal settings is not computed again."""
-    config = subnetwork["config"]
-    return {"mask_sha": tickets.fingerprint(subnetwork), "images": len(train),
+    config = ticket["config"]
+    return {"mask_sha": tickets.fingerprint(ticket), "images": len(train),
             "seed": config["seed"] if args.seed is None else args.seed, "batch_seed": args.seed or 0,
-            **common.recipe_of(config, args.epochs or config["eval_epochs"])._asdict(),
+            **training.recipe_of(config, args.epochs or config["eval_epochs"])._asdict(),
             **{key: getattr(args, key) for key in ("batch", "batches", "method", "weights", "probes", "dtype")}}
+
+
+def check(args, ticket_at, train):
+    """Refuse before the training what cannot be measured after it. Raises UserError."""
+    if args.batch * args.batches > len(train):
+        raise UserError(f"--batch {args.batch} x --batches {args.batches}: more than the {len(train)} training images")
+    if args.batch < ranks.current().size:
+        raise UserError(f"--batch {args.batch}: fewer images than the {ranks.current().size} ranks")
+    for path, ticket in ticket_at.items():
+        if totals(ticket["masks"])["surviving"] == 0:
+            raise UserError(f"{path}: no prunable weight survives, and so there is no Hessian diagonal to show")
+    model = build_network(next(iter(ticket_at.values()))["config"]).to(train.labels.device).eval()
+    images = train.batch(slice(2))[0]
+    if args.method == "exact":
+        Network(model, images)
+    check_eval_mode(model)
+    logits = model(images)
+    if not torch.is_tensor(logits) or logits.dim() != 2:
+        raise UserError("the network returns something else than logits of images and classes")
 
 
 def main():
     args = parse()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    subnetworks, train, _ = tickets.load_subnetworks(args.mask, args)
-    if args.batch * args.batches > len(train):
-        raise UserError(f"--batch {args.batch} x --batches {args.batches}: more than the {len(train)} training images")
-    if args.batch < ranks.together.get().size:
-        raise UserError(f"--batch {args.batch}: fewer images than the {ranks.together.get().size} ranks")
-    model = common.build_network(next(iter(subnetworks.values()))["config"]).eval()
-    check_batchnorm(model)
-    if args.method == "exact":
-        Network(model)  # refuses before the training, not after it
-    tickets.train_ahead(args.endpoints, subnetworks, train, 1, args.epochs, args.seed, overwrite=args.overwrite)
-    results = {path: analyse(path, subnetwork, train, settings_of(args, subnetwork, train), args)
-               for path, subnetwork in subnetworks.items()}
-    if ranks.together.get().rank:
+    ticket_at, train, _ = tickets.load_tickets(args.mask, args, cli.start(args))
+    check(args, ticket_at, train)
+    train_ahead(args.endpoints, ticket_at, train, 1, args.epochs, args.seed, overwrite=args.overwrite)
+    results = {path: analyse(path, ticket, train, settings_of(args, ticket, train), args)
+               for path, ticket in ticket_at.items()}
+    if not ranks.is_first():
         return
     print_table(results.values())
-    common.save_csv(args.out / "hessian.csv", table_rows(results))
+    files.save_csv(args.out / "hessian.csv", table_rows(results))
     if args.method == "exact":
         draw_histograms(list(results.values()), args.out / "hessian.png")
-    print(f"written: hessian.csv{', diagonals and hessian.png' * (args.method == 'exact')} in {args.out}")
+    written = "hessian.csv, diagonals and hessian.png" if args.method == "exact" else "hessian.csv"
+    print(f"written: {written} in {args.out}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -19,6 +19,7 @@ The rooms, each using only those above it:
 
     errors, ranks, files, streams     ground: mistakes, several processes, atomic files, random numbers
     networks, masks, augment, data    ConvNet3 and ResNets; mask algebra; DSA and CutMix; splits of real data
+    graph                             any network as the operations of its forward pass
     distilled                         distilled sets of every published format
     kernels/                          the Python side of csrc/: faster views of a network, and their ops
     training, evaluation              SGD under a mask; losses of networks and of points

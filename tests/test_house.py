@@ -5,8 +5,8 @@ import graphlib
 from conftest import ROOT
 
 SCRIPTS = ["prune", "stability", "landscape", "hessian", "distill"]
-LADDER = ["errors", "ranks", "files", "streams", "networks", "masks", "matching", "augment", "data", "distilled",
-          "kernels.build", "kernels.ops", "kernels.dense", "kernels.sparse", "kernels.views", "kernels.points",
+LADDER = ["errors", "ranks", "files", "streams", "networks", "graph", "masks", "matching", "augment", "data",
+          "distilled", "kernels.build", "kernels.ops", "kernels.dense", "kernels.sparse", "kernels.views", "kernels.points",
           "training", "evaluation", "planes", "tickets", "endpoints", "cli"]
 ROOMS = [f"common.{room}" for room in LADDER]
 
