@@ -6,8 +6,8 @@ from conftest import ROOT
 
 SCRIPTS = ["prune", "stability", "landscape", "hessian", "distill"]
 LADDER = ["errors", "ranks", "files", "streams", "networks", "graph", "masks", "matching", "augment", "data",
-          "distilled", "kernels.build", "kernels.ops", "kernels.dense", "kernels.sparse", "kernels.views", "kernels.points",
-          "training", "evaluation", "planes", "tickets", "endpoints", "cli"]
+          "distilled", "kernels.build", "kernels.ops", "kernels.dense", "kernels.sparse", "kernels.views",
+          "kernels.points", "training", "evaluation", "planes", "tickets", "endpoints", "cli"]
 ROOMS = [f"common.{room}" for room in LADDER]
 
 
