@@ -2,12 +2,13 @@
 import ast
 import graphlib
 
+import common
 from conftest import ROOT
 
 SCRIPTS = ["prune", "stability", "landscape", "hessian", "distill"]
-LADDER = ["errors", "ranks", "files", "streams", "networks", "graph", "masks", "matching", "augment", "data",
-          "distilled", "kernels.build", "kernels.ops", "kernels.dense", "kernels.sparse", "kernels.views",
-          "kernels.points", "training", "evaluation", "planes", "tickets", "endpoints", "cli"]
+LADDER = ["errors", "ranks", "files", "streams", "networks", "masks", "augment", "data", "graph", "distilled",
+          "kernels.build", "kernels.ops", "kernels.dense", "kernels.sparse", "kernels.views", "kernels.points",
+          "training", "evaluation", "matching", "planes", "tickets", "endpoints", "cli"]
 ROOMS = [f"common.{room}" for room in LADDER]
 
 
@@ -60,3 +61,10 @@ def test_scripts_and_packages_keep_to_themselves():
     wrong = [f"{name} imports {other}" for name in SCRIPTS for other in imports(FILES[name]) if other not in ROOMS]
     wrong += [f"{name} imports {other}" for name in ("common", "common.kernels") for other in imports(FILES[name])]
     assert wrong == []
+
+
+def test_the_package_describes_this_order():
+    rows = common.__doc__.split("those above it:\n\n")[1].splitlines()
+    described = ", ".join(row.strip().split("  ")[0] for row in rows).split(", ")
+    rooms = dict.fromkeys("kernels/" if room.startswith("kernels.") else room for room in LADDER)
+    assert described == [*rooms, "embedded/"]
