@@ -19,7 +19,7 @@ with build.quietly():
 forced = os.environ.get("FORCE_CUDA")
 cuda = forced == "1" or (CUDA_HOME is not None and forced != "0")
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build.CUDA_ARCHITECTURES)
-flags = {"cxx": build.CPU_FLAGS + build.defines(cuda), "nvcc": build.CUDA_FLAGS}
+flags = {"cxx": build.cpu_flags(), "nvcc": build.CUDA_FLAGS}
 extension = (CUDAExtension if cuda else CppExtension)(
     build.NAME, build.sources(cuda), extra_compile_args=flags, extra_link_args=build.THREADS)
 setup(name="lottery-csrc", version="1", py_modules=[], packages=[], ext_modules=[extension],

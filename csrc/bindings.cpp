@@ -7,9 +7,13 @@
 #include "cpu/ops.h"
 #include "cpu/sparse/sparse_conv.h"
 
-// Loading this module registers the ops.
+#define TEXT_OF(token) #token
+#define TEXT(token) TEXT_OF(token)
+
+// Loading this module registers the ops. common/kernels/build.py looks for `sources` in the file before it loads it.
 PYBIND11_MODULE(lottery_csrc, m) {
   m.attr("version") = "1";
+  m.attr("sources") = "lottery-sources:" TEXT(LOTTERY_SOURCES);
   m.attr("cuda") = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("lottery::masked_sgd_", "")
                        .hasKernelForDispatchKey(c10::DispatchKey::CUDA);

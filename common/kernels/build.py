@@ -6,7 +6,7 @@ LOTTERY_OPS=compiled|fallback forces one or the other. Importing does nothing.
 """
 import contextlib
 import functools
-import importlib.machinery
+import hashlib
 import importlib.util
 import logging
 import os
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from .. import ranks
 from ..errors import UserError
 
 NAME = "lottery_csrc"
@@ -46,15 +45,13 @@ def load():
     try:
         if wanted == "fallback":
             raise RuntimeError("LOTTERY_OPS=fallback")
-        library = prebuilt() or build()
-        torch.ops.load_library(library)
+        extension = prebuilt() or build()
     except Exception as error:  # no compiler, a failing one, an extension of another torch: all mean the fallback
         if wanted == "compiled":
             raise UserError(f"LOTTERY_OPS=compiled, but no extension: {reason_of(error)}") from error
         print(f"csrc: not compiled, PyTorch fallback: {reason_of(error)}", file=sys.stderr)
         return False
-    old = ", older than csrc/: python setup.py build_ext --inplace" if outdated(library) else ""
-    print(f"csrc: {'cuda+cpu' if has_kernels('cuda') else 'cpu'}{old}", file=sys.stderr)
+    print(f"csrc: {'cuda+cpu' if extension.cuda else 'cpu'} ({extension.instruction_set()})", file=sys.stderr)
     return True
 
 
@@ -75,23 +72,51 @@ def has_kernels(device_type):
 
 
 def prebuilt():
-    """Path of the extension that setup.py built, here or installed, or None."""
+    """The extension that setup.py built, here or installed, if it was built from these sources; else None."""
     spec = importlib.util.find_spec(NAME)
-    return spec and spec.origin
+    if spec is None:
+        return None
+    if CSRC.is_dir() and f"lottery-sources:{sources_hash()}".encode() not in Path(spec.origin).read_bytes():
+        print(f"csrc: {spec.origin} was built from other sources (python setup.py build_ext --inplace)",
+              file=sys.stderr)
+        return None
+    return imported(spec)
 
 
-def outdated(library):
-    """Whether csrc/ holds a source newer than `library`."""
-    return any(file.stat().st_mtime > os.path.getmtime(library) for file in CSRC.rglob("*.*") if file.suffix != ".md")
+def imported(spec):
+    """The module of an extension, which registers its ops when it is imported."""
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    return extension
 
 
 def sources(cuda):
-    files = [CSRC / "bindings.cpp", *(CSRC / "cpu").glob("*.cpp"), *((CSRC / "cuda").glob("*.cu") if cuda else ())]
+    """Paths of the files to compile, from the folder above csrc/; the longest to compile comes first."""
+    files = [CSRC / "bindings.cpp", *(CSRC / "cpu").rglob("*.cpp")]
+    if cuda:
+        files += (CSRC / "cuda").glob("*.cu")
     return [os.path.relpath(file, CSRC.parent) for file in sorted(files)]
 
 
+def sources_hash():
+    """A word that tells the sources in csrc/ and the flags from others."""
+    digest = hashlib.sha256(repr((CPU_FLAGS, CUDA_FLAGS)).encode())
+    for file in sorted(CSRC.rglob("*.*")):
+        if file.suffix != ".md":
+            digest.update(file.relative_to(CSRC).as_posix().encode() + file.read_bytes())
+    return f"h{digest.hexdigest()[:12]}"
+
+
+def cpu_flags():
+    """The compiler's flags, among them what the extension is built from."""
+    return [*CPU_FLAGS, f"-DLOTTERY_SOURCES={sources_hash()}"]
+
+
 def build():
-    """Build csrc/ into torch's cache of extensions and return the library's path. RuntimeError when that fails."""
+    """Build csrc/ into torch's cache of extensions and return the extension. RuntimeError when that fails.
+
+    The folder is named after all that a build depends on: two checkouts, or two versions of torch, share none.
+    """
     if not CSRC.is_dir():
         raise RuntimeError("no csrc/ beside common/, and no extension installed")
     set_cuda_home()
@@ -100,15 +125,24 @@ def build():
 
     cuda = torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    folder = cache / f"{NAME}-{torch.__version__}{'' if cuda else '-cpu'}"
+    made_of = repr((sources_hash(), torch.__version__, cuda, compiler_version())).encode()
+    folder = cache / f"{NAME}-{hashlib.sha256(made_of).hexdigest()[:12]}"
     library = folder / f"{NAME}.so"
     with one_build_at_a_time(folder), quietly():
-        if not library.exists() or outdated(library):
+        if not library.exists():
             print(f"csrc: building in {folder}, once, about {'5 min' if cuda else '1 min'}", file=sys.stderr)
-            cpp_extension.load(NAME, [str(CSRC.parent / file) for file in sources(cuda)], extra_cflags=CPU_FLAGS,
-                               extra_ldflags=THREADS, extra_cuda_cflags=CUDA_FLAGS, build_directory=str(folder),
-                               is_python_module=False)
-    return library
+            cpp_extension.load(NAME, [str(CSRC.parent / file) for file in sources(cuda)],
+                               extra_cflags=cpu_flags(), extra_ldflags=THREADS,
+                               extra_cuda_cflags=CUDA_FLAGS, build_directory=str(folder), is_python_module=False)
+    return imported(importlib.util.spec_from_file_location(NAME, library))
+
+
+def compiler_version():
+    """What the C++ compiler says of itself, or "" where there is none."""
+    try:
+        return subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return ""
 
 
 @contextlib.contextmanager
