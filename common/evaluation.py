@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .kernels import points, views
-from .masks import surviving
+from .masks import apply_mask, surviving
+from .networks import logits_of
 
 
 class Score(NamedTuple):
@@ -20,12 +21,11 @@ class Score(NamedTuple):
 @torch.no_grad()
 def evaluate(model, split, batch_size=500):
     """Score of `model` on `split` without augmentation, in eval mode; sums in float64."""
-    network = views.view(model, surviving(model))
-    model.eval()
+    network = views.view(model.eval(), surviving(model), sample=split.batch(slice(0, 2)))
     total = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(split), batch_size):
         images, labels = split.batch(slice(start, start + batch_size))
-        logits = network(images)
+        logits = logits_of(network(images))
         losses = F.cross_entropy(logits, labels, reduction="none").double()
         total += torch.stack([losses.sum(), losses.square().sum(), (logits.argmax(1) == labels).sum().double()]).cpu()
     return score(*total.tolist(), len(split))
@@ -49,20 +49,22 @@ def combine(states, weights, mask=None):
     return point
 
 
+@torch.no_grad()
 def refresh_batchnorm(model, split, batch_size=500):
-    """Re-estimate BatchNorm's running statistics as plain averages over one pass through `split`."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
+    """Re-estimate BatchNorm's running statistics as plain averages over one pass through `split`.
+
+    Only the BatchNorms are in train mode meanwhile: nothing is dropped out, so that the same is found twice.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    model.eval()
     kept = [m.momentum for m in norms]
     try:
         for m in norms:
             m.reset_running_stats()
             m.momentum = None  # cumulative average
-        model.train()
-        with torch.no_grad():
-            for start in range(0, len(split), batch_size):
-                model(split.batch(slice(start, start + batch_size))[0])
+            m.train()
+        for start in range(0, len(split) if norms else 0, batch_size):
+            model(split.batch(slice(start, start + batch_size))[0])
     finally:
         for m, momentum in zip(norms, kept):
             m.momentum = momentum
@@ -75,13 +77,14 @@ def evaluate_points(model, states, coefficients, splits, mask=None, refresh=None
     `model` is scratch space: it ends at the last point. `refresh`, a split, re-estimates BatchNorm statistics at
     every point; without it the statistics are combined like the weights. `progress()` is called after each point.
     """
-    if not refresh and points.can_batch(model):
+    if not refresh and points.can_batch(model, splits[0].batch(slice(0, 2))):
         sums = points.sums_at_points(model, states, coefficients, splits, mask, progress)
         model.load_state_dict(combine(states, coefficients[-1], mask))
         return [[score(*total, len(split)) for total, split in zip(row, splits)] for row in sums]
     scores = []
     for weights in coefficients:
         model.load_state_dict(combine(states, weights, mask))
+        apply_mask(model, mask or {})  # a weight of two names is masked under the first
         if refresh:
             refresh_batchnorm(model, refresh)
         scores.append([evaluate(model, split) for split in splits])

@@ -6,9 +6,11 @@ import sys
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .errors import UserError
+from .streams import global_generators_kept, seed_everything
 
 #############################################
 #             The paper's networks          #
@@ -119,14 +121,23 @@ class Block(NamedTuple):
 
 
 def blocks_of(model):
-    """The Blocks of a ConvNet3 or ResNet, from the images to the classifier `linear`; None for another network."""
+    """The Blocks of a ConvNet3 or ResNet, from the images to the classifier `linear`; None for another network.
+
+    None too where somebody has put other modules, or hooks, into one.
+    """
     if type(model) is ConvNet3:
-        return [Block((Layer(f"conv{i}", f"norm{i}", f"relu{i}", f"pool{i}"),)) for i in (1, 2, 3)]
-    if type(model) is not ResNet:
+        blocks = [Block((Layer(f"conv{i}", f"norm{i}", f"relu{i}", f"pool{i}"),)) for i in (1, 2, 3)]
+        rest = ["flatten", "linear"]
+    elif type(model) is ResNet:
+        stem = Layer("conv1", "norm1", "relu1", "pool1" if hasattr(model, "pool1") else "")
+        blocks = [Block((stem,))] + [residual_block(name, module) for name, module in model.named_children()
+                                     if isinstance(module, BasicBlock)]
+        rest = ["pool", "flatten", "linear"]
+    else:
         return None
-    stem = Layer("conv1", "norm1", "relu1", "pool1" if hasattr(model, "pool1") else "")
-    return [Block((stem,))] + [residual_block(name, module) for name, module in model.named_children()
-                               if isinstance(module, BasicBlock)]
+    names = [name for block in blocks for name in block.modules()] + rest
+    as_built = names == list(model._modules) and all(is_as_built(model, block) for block in blocks)
+    return blocks if as_built and type(model.linear) is nn.Linear else None
 
 
 def residual_block(name, module):
@@ -136,8 +147,39 @@ def residual_block(name, module):
     return Block(layers, name, shortcut)
 
 
+def is_as_built(model, block):
+    """Whether the modules of a Block are of the types that ConvNet3 and ResNet are built of."""
+    layers = list(block.layers) + ([block.shortcut] if block.shortcut else [])
+    if block.residual and type(model.get_submodule(block.residual)) is not BasicBlock:
+        return False
+    for layer in layers:
+        conv, norm = model.get_submodule(layer.conv), model.get_submodule(layer.norm)
+        if not (is_plain_convolution(conv) and is_known_norm(norm)):
+            return False
+        if layer.relu and type(model.get_submodule(layer.relu)) is not nn.ReLU:
+            return False
+        if layer.pool and repr(model.get_submodule(layer.pool)) not in (repr(nn.AvgPool2d(2)), repr(nn.MaxPool2d(3, 2, 1))):
+            return False
+    return True
+
+
+def is_plain_convolution(conv):
+    """Whether a module is a Conv2d of square strides and zero padding, without groups or dilation."""
+    return (type(conv) is nn.Conv2d and conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+            and type(conv.padding) is tuple and len(set(conv.padding)) == len(set(conv.stride)) == 1)
+
+
+def is_known_norm(norm):
+    """Whether a module is what norm_layer makes."""
+    if type(norm) is nn.GroupNorm:
+        return norm.num_groups == norm.num_channels and norm.affine
+    if type(norm) is nn.BatchNorm2d:
+        return norm.affine and norm.track_running_stats
+    return type(norm) is nn.Identity
+
+
 #############################################
-#             By name, and pruned           #
+#              Built by name                #
 #############################################
 
 
@@ -149,25 +191,143 @@ def build_network(config, seed=0):
     name, shape = config["model"], [config["channels"], config["image_size"], config["num_classes"]]
     options = {key: config[key] for key in ("width", "norm") if config.get(key)}
     blocks = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with global_generators_kept():
+        seed_everything(seed)
         if name == "convnet3":
             return ConvNet3(*shape, **options)
         if name in blocks:
             return ResNet(blocks[name], *shape, **{"width": 64 if config["image_size"] > 64 else 32} | options)
-        module, _, attribute = name.partition(":")
-        if not attribute:
-            raise UserError(f"unknown model {name!r}: convnet3, resnet10, resnet18 or package.module:callable")
-        sys.path.insert(0, os.getcwd())
-        try:
-            return getattr(importlib.import_module(module), attribute)(num_classes=config["num_classes"])
-        except (ImportError, AttributeError, TypeError) as error:
-            raise UserError(f"cannot build model {name!r}: {error}") from error
-        finally:
-            sys.path.remove(os.getcwd())
+        return build_own(name, config)
+
+
+def build_own(name, config):
+    """The network of a user: `package.module:callable` called with `num_classes=`; lazy layers see one image."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise UserError(f"unknown model {name!r}: convnet3, resnet10, resnet18 or package.module:callable")
+    sys.path.insert(0, os.getcwd())
+    try:
+        model = getattr(importlib.import_module(module), attribute)(num_classes=config["num_classes"])
+        if isinstance(model, nn.Module) and has_lazy_layers(model):
+            side = config["image_size"]
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, config["channels"], side, side))
+            model.train()
+    except Exception as error:  # a user's code may raise anything
+        raise UserError(f"cannot build model {name!r}: {reason_of(error)}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {name!r} gives a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def has_lazy_layers(model):
+    return any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in [*model.parameters(), *model.buffers()])
+
+
+def reason_of(error):
+    """Type and first line of an exception, for a message of one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:150]}"
+
+
+#############################################
+#       What can be pruned and trained      #
+#############################################
+
+
+def weight_names(module):
+    """The names of the weights that are pruned in a module: of convolutions, linear layers and attention."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return ["weight"]
+    if isinstance(module, nn.MultiheadAttention):
+        return ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    return []
 
 
 def prunable(model):
-    """{name: weight parameter} of every Conv2d and Linear, in the network's order."""
-    return {f"{name}.weight" if name else "weight": module.weight
-            for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    """{name: weight parameter} of every convolution and linear layer, in the network's order.
+
+    A weight that several layers share is one parameter, under its first name. Frozen ones stay as they are.
+    """
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    weights = {}
+    for module in model.modules():
+        for name in weight_names(module):
+            weight = module._parameters.get(name)
+            if weight is not None and weight.requires_grad:
+                weights[first_names[id(weight)]] = weight
+    return weights
+
+
+def aliases(model):
+    """{name in the state dict: first name} of the parameters that have several names."""
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    every_name = model.named_parameters(remove_duplicate=False)
+    return {name: first_names[id(p)] for name, p in every_name if first_names[id(p)] != name}
+
+
+def logits_of(output):
+    """The logits in what a network returns: the tensor itself, `logits`, or the first of several results."""
+    if torch.is_tensor(output):
+        return output
+    if isinstance(output, dict) and "logits" in output:
+        return output["logits"]
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, (tuple, list)) and output and torch.is_tensor(output[0]):
+        return output[0]
+    raise UserError(f"the network returns a {type(output).__name__} without logits; wanted: a tensor [N, classes], a "
+                    "tuple that begins with one, or a dict with `logits`")
+
+
+def check_network(model, images, labels, num_classes):
+    """Try a forward and backward pass of a few images [N, C, H, W] in train mode, before anything is written.
+
+    The model is left as it was. Raises UserError for what cannot be pruned or trained.
+    """
+    for name, module in model.named_modules():
+        computed = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and "weight" not in module._parameters
+        if computed:
+            raise UserError(f"{name}.weight is computed from other parameters (weight_norm, spectral_norm or another "
+                            "parametrization), so it cannot be pruned; build the network without")
+    if not prunable(model):
+        raise UserError("the network has no weights to prune: no trainable convolution or linear layer")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    training = model.training
+    hooks = [module.register_forward_pre_hook(refuse_single_values) for module in model.modules()
+             if isinstance(module, (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))]
+    try:
+        with global_generators_kept():
+            logits = logits_of(model.train()(images))
+            check_logits(logits, len(images), num_classes)
+            weights = [p for p in model.parameters() if p.requires_grad]
+            torch.autograd.grad(F.cross_entropy(logits.float(), labels), weights, allow_unused=True)
+    except UserError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        shape = " x ".join(map(str, images.shape))
+        raise UserError(f"the network cannot be trained on images of {shape}: {reason_of(error)}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+        model.load_state_dict(before)
+
+
+def check_logits(logits, count, num_classes):
+    """Raises UserError unless `logits` is [count, num_classes]."""
+    if tuple(logits.shape) != (count, num_classes):
+        shape = " x ".join(map(str, logits.shape))
+        raise UserError(f"the network returns {shape} for {count} images, wanted {count} x {num_classes}: logits of "
+                        "the dataset's classes")
+
+
+def refuse_single_values(module, inputs):
+    """A hook: a norm over one value gives 0, whatever the image."""
+    x = inputs[0]
+    groups = getattr(module, "num_groups", x.shape[1])
+    if x[0].numel() == groups:
+        raise UserError(f"{module} sees planes of one pixel, which it normalises to 0; take --norm batch, or larger "
+                        "images")

@@ -17,21 +17,25 @@ def random_stream(seed, *purpose):
 
 
 @contextlib.contextmanager
-def global_generators_kept(device):
+def global_generators_kept():
     """What happens inside leaves the global generators of torch, NumPy and Python as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
 
 
-def seed_global_generators(generator):
-    """Seed what modules such as dropout draw from by the state of `generator`, which stays as it is."""
-    digest = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
-    seed = int.from_bytes(digest[:4], "big")
+def seed_everything(seed):
+    """Seed the global generators, which modules such as dropout draw from."""
     torch.manual_seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
     random.seed(seed)
+
+
+def seed_from(generator):
+    """Seed the global generators by the state of `generator`, which stays as it is: what they give repeats with it."""
+    digest = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
+    seed_everything(int.from_bytes(digest[:4], "big"))

@@ -7,40 +7,66 @@ from . import ops
 
 CHUNK = 64  # images that a CPU evaluates at a time, so that their activations stay near
 
-# What a network of these does, without hooks, is known: it may run in channels_last, and on chunks of a batch.
+# Layers whose whole function is known. Other modules may hide anything in their forward, and are left as they are.
 KNOWN = {nn.Sequential, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.ReLU, nn.AvgPool2d,
          nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Dropout, ConvNet3, BasicBlock, ResNet}
 
 
+def is_known(model):
+    """Whether `model` is known layers one after the other: then its view is proven to be the same function.
+
+    It may run in channels_last and, in eval mode, on chunks of a batch: no layer lets images meet.
+    """
+    return all(is_known_layer(module) for module in model.modules())
+
+
+def is_known_layer(module):
+    if type(module) not in KNOWN or has_hooks(module) or "forward" in vars(module):
+        return False
+    if isinstance(module, nn.Dropout):
+        return not module.inplace
+    if isinstance(module, nn.BatchNorm2d):
+        return module.running_mean is not None  # else statistics of the batch, in eval mode too
+    if isinstance(module, nn.Flatten):
+        return module.start_dim == 1
+    if isinstance(module, BasicBlock):
+        return list(module._modules) == ["conv1", "norm1", "conv2", "norm2", "relu1", "relu2", "shortcut"]
+    return True
+
+
+def has_hooks(module):
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
 class Fused(nn.Module):
-    """A view of `model`: shares its parameters, buffers and train or eval mode, computes the same, faster."""
+    """A view of a known `model`: shares its parameters, buffers and train or eval mode, computes the same, faster."""
 
     def __init__(self, model):
         super().__init__()
         self.model, self.copies = [model], []  # in lists: not submodules
-        self.known = all(type(module) in KNOWN and not has_hooks(module) for module in model.modules())
         self.network = self.view(model)
         self.readied = [layer for layer in self.network.modules() if hasattr(layer, "ready")]
 
     def view(self, module):
         """`module`, or a twin of it in which the runs of layers that have a fused op are one layer."""
-        if type(module) is BasicBlock and not any(map(has_hooks, module.modules())):
-            return FoldedBlock(module)
-        children = {name: self.view(child) for name, child in module.named_children()}
+        if type(module) is BasicBlock:
+            return FoldedBlock(module) if FoldedBlock.takes(module) else module
+        children = [self.view(child) for child in module._modules.values()]  # one that is there twice comes twice
         if type(module).forward is nn.Sequential.forward:
-            layers = fuse_layers(list(children.values()))
-            children = children if len(layers) == len(children) else dict(enumerate(layers))
-        if all(child is module._modules.get(name) for name, child in children.items()):
+            children = fuse_layers(children)
+        if children == list(module._modules.values()):
             return module
         twin = object.__new__(type(module))
-        twin.__dict__ = module.__dict__ | {"_modules": {str(name): child for name, child in children.items()}}
+        twin.__dict__ = module.__dict__ | {"_modules": {str(i): child for i, child in enumerate(children)}}
         self.copies.append((twin, module))
         return twin
 
     def forward(self, x):
-        if not torch.is_grad_enabled():
-            self.ready()  # once for all chunks
-        if not self.known or x.device.type != "cpu" or self.model[0].training or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.model[0].training:
+            return self.run(x)
+        self.ready()  # once for all chunks
+        if x.device.type != "cpu":
             return self.run(x)
         return torch.cat([self.run(chunk) for chunk in x.split(CHUNK)])
 
@@ -48,7 +74,7 @@ class Fused(nn.Module):
         """The network, made ready if no gradient is wanted."""
         for twin, module in self.copies:
             twin.training = module.training
-        if self.known and x.device.type == "cpu":
+        if x.device.type == "cpu" and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         return self.network(x)
 
@@ -64,23 +90,24 @@ class Fused(nn.Module):
         return x
 
 
-def has_hooks(module):
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
 def fuse_layers(layers):
     """The layers of an nn.Sequential with fused ones in place of the runs that have an op."""
     fused = []
     while layers:
         for count, kind in ((4, ConvBlock), (3, NormBlock), (3, FoldedConv), (2, FoldedConv)):
             run = layers[:count]
-            if len(run) == count and not any(map(has_hooks, run)) and kind.takes(*run):
+            if len(run) == count and kind.takes(*run):
                 break
         else:
-            count, run, kind = 1, layers[:1], lambda layer: layer
+            count, run, kind = 1, layers[:1], not_in_place
         fused.append(kind(*run))
         layers = layers[count:]
     return fused
+
+
+def not_in_place(layer):
+    """`layer`, or for an in-place ReLU one that leaves what an op before it may need."""
+    return nn.ReLU() if type(layer) is nn.ReLU and layer.inplace else layer
 
 
 #############################################
@@ -223,16 +250,20 @@ class FoldedConv(nn.Module):
 
 
 class FoldedBlock(nn.Module):
-    """BasicBlock with its BatchNorms folded."""
+    """A BasicBlock of BatchNorms, as folded convolutions."""
+
+    @staticmethod
+    def takes(block):
+        pairs = [(block.conv1, block.norm1, block.relu1), (block.conv2, block.norm2, block.relu2)]
+        shortcut = list(block.shortcut)
+        return all(FoldedConv.takes(*pair) for pair in pairs) and (
+            not shortcut or len(shortcut) == 2 and FoldedConv.takes(*shortcut))
 
     def __init__(self, block):
         super().__init__()
-        self.block = block
-        self.folds = isinstance(block.norm1, nn.BatchNorm2d)
-        if self.folds:
-            self.conv1 = FoldedConv(block.conv1, block.norm1, block.relu1)
-            self.conv2 = FoldedConv(block.conv2, block.norm2, block.relu2)
-            self.shortcut = FoldedConv(*block.shortcut) if len(block.shortcut) else nn.Identity()
+        self.conv1 = FoldedConv(block.conv1, block.norm1, block.relu1)
+        self.conv2 = FoldedConv(block.conv2, block.norm2, block.relu2)
+        self.shortcut = FoldedConv(*block.shortcut) if len(block.shortcut) else nn.Identity()
 
     def forward(self, x):
-        return self.conv2(self.conv1(x), self.shortcut(x)) if self.folds else self.block(x)
+        return self.conv2(self.conv1(x), self.shortcut(x))

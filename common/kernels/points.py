@@ -5,18 +5,18 @@ import functools
 import torch
 from torch import nn
 
-from . import ops
+from ..networks import aliases
 from .dense import CHUNK, ConvBlock, Fused
-from .views import view
+from .views import has_view, view
 
 GROUP = 4  # points that are evaluated side by side,
 SHARING_GROUP = 12  # when they share the convolution of their first layer
 
 
-def can_batch(model):
-    """Whether sums_at_points takes this network: known layers, float32, on a device with kernels."""
-    network = view(model)
-    return isinstance(network, Fused) and network.known and all(p.dtype == torch.float32 for p in model.parameters())
+def can_batch(model, sample):
+    """Whether sums_at_points takes this network: it has a view, in float32, and no weight under two names."""
+    return (has_view(model, sample) and not aliases(model)
+            and all(p.dtype == torch.float32 for p in model.parameters()))
 
 
 def sums_at_points(model, states, coefficients, splits, mask=None, progress=None):
@@ -33,7 +33,8 @@ def sums_at_points(model, states, coefficients, splits, mask=None, progress=None
     size = min(SHARING_GROUP if first else GROUP, len(coefficients))
     points, plans = flat.new_empty(size, flat.shape[1]), {}
     views_of_points = [views_of(point) for point in points]
-    networks = [view(bound(model, point), mask, plans=plans) for point in views_of_points]
+    sample = splits[0].batch(slice(0, 2))
+    networks = [view(bound(model, point), mask, plans=plans, sample=sample) for point in views_of_points]
     sums = []
     for group in torch.tensor(coefficients, dtype=torch.float32, device=flat.device).split(size):
         torch.ops.lottery.combine_(points[:len(group)], flat, group, keep)
@@ -48,7 +49,7 @@ def sums_at_points(model, states, coefficients, splits, mask=None, progress=None
 def first_layer_of_points(model, states, mask=None):
     """A function (coefficients [K, M], K states between the M `states`, images) -> the results [K, N, C, H, W] of the
     first layer of `model` at the K points, masked; None when the op does not take that layer."""
-    network = view(model).network
+    network = Fused(model).network
     layer = next(network.children(), None)
     if not (isinstance(network, nn.Sequential) and isinstance(layer, ConvBlock) and layer.few_channels
             and layer.conv.weight.device.type == "cpu" and layer.conv.out_channels % 16 == 0 and len(states) in (2, 3)):

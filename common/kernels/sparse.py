@@ -176,10 +176,9 @@ def global_average_pool(x):
 
 
 def supports(model):
-    """Whether SparseNetwork can be made of a model: float32 on the CPU, and a network whose layers it knows."""
+    """Whether SparseNetwork can be made of a model: float32 on the CPU, and a network built as we build it."""
     first = next(model.parameters(), None)
-    known = type(model) in (ConvNet3, ResNet)
-    return known and first.dtype == torch.float32 and first.device.type == "cpu"
+    return blocks_of(model) is not None and first.dtype == torch.float32 and first.device.type == "cpu"
 
 
 def first_sparse_block(model, mask):
