@@ -12,7 +12,8 @@ from .augment import augmented
 from .errors import UserError
 from .kernels import ops, views
 from .masks import apply_mask
-from .streams import global_generators_kept, seed_global_generators
+from .networks import blocks_of, logits_of
+from .streams import global_generators_kept, seed_from
 
 #############################################
 #             Recipe and progress           #
@@ -88,16 +89,18 @@ def train(model, split, recipe, generator, mask=None, until=None, training=None,
     training = training or Training()
     training.momenta = training.momenta or [torch.zeros_like(p) for p in trainable(model).values()]
     progress = progress or (lambda training: None)
-    step = make_step(model, mask, training.momenta, recipe)
+    draws = blocks_of(model) is None  # a network of others may have dropout, or draw anything else
     model.train()
-    with global_generators_kept(split.labels.device):
+    step = make_step(model, mask, training.momenta, recipe, sample=split.batch(slice(0, 2)))
+    with global_generators_kept():
         while training.epoch < (recipe.epochs if until is None else until):
             lr = recipe.learning_rate(training.epoch)
             if training.order is None:
                 training.order = torch.randperm(len(split), generator=generator)
             for index in batches(training.order, recipe.batch_size)[training.step:]:
-                batch = augmented(*split.batch(index), recipe, generator)
-                seed_global_generators(generator)
+                batch = augmented(split, index, recipe, generator)
+                if draws:
+                    seed_from(generator)
                 loss, hits = step(batch, lr)
                 training.losses.append(loss)
                 training.hits += hits
@@ -122,21 +125,25 @@ def batches(order, size):
     return parts
 
 
-def make_step(model, mask, momenta, recipe):
-    """A function (Batch, learning rate) -> (loss, right answers) that makes one SGD step of `model` under `mask`."""
+def make_step(model, mask, momenta, recipe, sample):
+    """A function (Batch, learning rate) -> (loss, right answers) that makes one SGD step of `model` under `mask`.
+
+    `sample`: images and labels on which a faster view of the network is tried.
+    """
     names, params = zip(*trainable(model).items())
     masks = [(mask or {}).get(name) for name in names]
-    network = views.view(model, mask, recipe.skips_zeros)
+    network = views.view(model, mask, recipe.skips_zeros, sample=sample)
 
     def step(batch, lr):
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=recipe.amp):
-            logits = network(batch.images)
+            logits = logits_of(network(batch.images))
         n = len(batch.labels)
         losses = [F.cross_entropy(logits.float(), y, reduction="sum") / n for y in (batch.labels, batch.pasted)]
         loss = batch.kept * losses[0] + (1 - batch.kept) * losses[1]
         grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         ops.masked_sgd_(params, grads, momenta, masks, lr, recipe.momentum, recipe.weight_decay)
-        return loss.detach().clone(), (logits.argmax(1) == batch.labels).sum()  # a CUDA graph writes to the same place
+        answers = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
+        return loss.detach().clone(), (logits.argmax(1) == answers).sum()  # a CUDA graph writes to the same place
 
     return compiled(step) if recipe.compile else step
 

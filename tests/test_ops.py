@@ -450,32 +450,6 @@ def test_fused_network_is_the_network(device, model, norm):
         close(buffer, other)
 
 
-class Custom(nn.Module):
-    """A user's network: a Sequential inside, a forward of its own that looks at `training`, a layer with a hook."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.GroupNorm(6, 6), nn.ReLU(), nn.AvgPool2d(2),
-                                      nn.Conv2d(6, 6, 3, padding=1), nn.InstanceNorm2d(6, affine=True), nn.ReLU(),
-                                      nn.AvgPool2d(2),
-                                      nn.Conv2d(6, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.ReLU())
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x):
-        return self.head(self.features(x).mean((2, 3))) * (2 if self.training else 1)
-
-
-def test_fused_leaves_what_it_does_not_know(device):
-    network = Custom().to(device)
-    fast, images = view(network), torch.randn(5, 3, 32, 32, device=device)
-    for mode in (True, False):
-        network.train(mode)
-        close(fast(images), network(images), 1e-4)
-    assert not points.can_batch(network) and points.can_batch(small_network("convnet3", "instance", device=device))
-    network.features[1].register_forward_hook(lambda module, inputs, output: output * 0)
-    close(fast(images) * 0 + view(network)(images), network(images), 1e-4)
-
-
 @pytest.mark.parametrize("model, norm", NETWORKS)
 def test_points_are_the_fallbacks_and_independent_of_grouping(device, model, norm):
     states = [copy.deepcopy(small_network(model, norm, device=device).state_dict()) for _ in range(2)]
