@@ -19,6 +19,11 @@ For CIFAR-10 on one core, choosing the images takes 45 s and an iteration of dm 
 data.pt, for prune.py --distilled, holds [images in [0, 1], labels]; sheet.png shows the same images, a row a class, and
 is read just as well. The same command again goes on where an interrupted run stopped and ends with the same set.
 """
+if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while PyTorch is imported
+
 import io
 import math
 import shlex
@@ -401,7 +406,7 @@ def parsed_arguments():
     flag("--ipc", type=positive, default=10, help="stored images per class (10)")
     flag("--factor", type=positive, help="tiles along a side of a stored image (2; digits 1, imagenet10 3)")
     flag("--method", choices=SETTINGS, help="(idc with CUDA, else dm)")
-    flag("--seed", type=int, default=0)
+    flag("--seed", type=cli.seed, default=0)
     flag("--out", type=cli.folder, help="folder (distilled/<dataset>_ipc<ipc>)")
     flag("--budget", type=within(0), default=math.inf, metavar="MINUTES", help="stop then, keeping the set so far")
     flag("--device", help="(cuda when there is one, else cpu)")
@@ -423,7 +428,7 @@ def method_flags(parser):
     flag("--network-images", type=at_least(0), help="real images the network is trained on after every iteration")
     flag("--pretrain", type=at_least(0), help="epochs of training on real data before the first iteration")
     flag("--model", help="network: convnet3, resnet10, resnet18, or resnet10ap with IDC's average pooling")
-    flag("--width", type=positive, help="its channels in the first layer (idc: full; dm, idm: 32)")
+    flag("--width", type=cli.width, help="its channels in the first layer (idc: full; dm, idm: 32)")
     flag("--norm", choices=("instance", "batch", "none"), help="its normalisation (instance)")
 
 
@@ -432,7 +437,7 @@ def measure_flags(parser):
     flag("--evaluate", type=Path, metavar="PATH", help="only measure this set: any format prune.py --distilled reads")
     flag("--repeats", type=at_least(0), default=2, help="networks trained from scratch on the set; 0: none (2)")
     flag("--epochs", type=positive, help="of their training (1000; on a CPU what sees 60,000 images, at most 1000)")
-    flag("--eval-width", type=positive, help="their channels in the first layer (full)")
+    flag("--eval-width", type=cli.width, help="their channels in the first layer (full)")
 
 
 def settings(args, image_size):

@@ -22,6 +22,11 @@ surface as pictures, redrawn at 13, 25, 50 and 100 points a side. After a stop t
 
 As a library, for networks of one's own: common/planes.py.
 """
+if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while PyTorch is imported
+
 import itertools
 import json
 import math
@@ -36,12 +41,11 @@ from tqdm import tqdm
 from common import cli, evaluation, files, ranks, tickets
 from common.data import Dataset, fixed_subset
 from common.distilled import embedded_distilled, load_distilled
-from common.endpoints import endpoint, train_ahead
+from common.endpoints import endpoint, real_recipe, result_names, train_ahead
 from common.errors import UserError
 from common.networks import build_network
 from common.planes import STATES_NEEDED, make_plane, square_grids, vectors
 from common.streams import random_stream
-from common.training import recipe_of
 
 FORMAT = "lottery-landscape-1"
 RADII = .5, 1., 2.  # distances at which the loss's rise is measured
@@ -329,7 +333,7 @@ def parse(argv=None):
     flag = parser.add_argument_group("the plane").add_argument
     flag("--plane", choices=tuple(STATES_NEEDED), default="three", help="see above (three)")
     flag("--orders", type=cli.at_least(1), default=4, help="endpoints, one for each data order (4)")
-    flag("--grid", type=cli.at_least(9), default=100, help="points along a side (100)")
+    flag("--grid", type=cli.at_least(9, 2000), default=100, help="points along a side (100)")
     flag("--on", choices=("real", "test", "distilled"), default="real",
          help="data of the loss: training, test or the distilled set of the first synthetic mask (real)")
     flag("--eval-images", type=cli.at_least(2), metavar="N", help="random N of them, always the same (all)")
@@ -352,10 +356,15 @@ def settings_of(args, chosen):
     masks = []
     for ticket in chosen:
         config = ticket["config"]
-        recipe = recipe_of(config, args.epochs or config["eval_epochs"])
-        masks.append([tickets.fingerprint(ticket), config["seed"], *recipe])
+        masks.append([tickets.fingerprint(ticket), config["seed"], *recipe_of_ticket(args, ticket)])
     flags = ("plane", "orders", "grid", "on", "eval_images", "bn", "extrapolate", "seed")
-    return {key: getattr(args, key) for key in flags} | {"num_classes": config["num_classes"], "masks": masks}
+    data = {key: config.get(key) for key in ("num_classes", "data_fingerprint")}
+    return {key: getattr(args, key) for key in flags} | data | {"masks": masks}
+
+
+def recipe_of_ticket(args, ticket):
+    """The Recipe of a ticket's training on real data, as the flags say."""
+    return real_recipe(ticket["config"], args.epochs, args.lr, args.batch_size)
 
 
 def distilled_split(chosen, train):
@@ -370,10 +379,13 @@ def distilled_split(chosen, train):
 
 def train_planes(ticket_at, train, names, args):
     """The plane of each ticket through its trained (or found) endpoints."""
-    train_ahead(args.endpoints, ticket_at, train, args.orders, args.epochs, args.seed, overwrite=args.overwrite)
+    train_ahead(args.endpoints, ticket_at, train, args.orders, partial(recipe_of_ticket, args), args.seed,
+                overwrite=args.overwrite)
     planes = []
-    for path, ticket in ticket_at.items():
-        states = [endpoint(args.endpoints, path, ticket, train, order, args.epochs, args.seed,
+    for path, name in result_names(ticket_at).items():
+        ticket = ticket_at[path]
+        recipe = recipe_of_ticket(args, ticket)
+        states = [endpoint(args.endpoints, name, ticket, train, order, recipe, args.seed,
                            overwrite=args.overwrite)["state"] for order in range(args.orders)]
         planes.append(make_plane(args.plane, states, names, random_stream(args.seed or 0, "plane")))
     return planes
@@ -391,9 +403,15 @@ def main():
         return show(args.plot)
     device = cli.start(args)
     ticket_at, train, test = tickets.load_tickets(args.mask, args, device)
-    chosen = list(ticket_at.values())
-    settings = settings_of(args, chosen)
+    settings = settings_of(args, list(ticket_at.values()))
     path = args.out / ("landscape.npz" if args.on == "real" else f"landscape_{args.on}.npz")
+    with files.owned(args.out):
+        experiment(args, path, settings, ticket_at, train, test, device)
+
+
+def experiment(args, path, settings, ticket_at, train, test, device):
+    """Train the endpoints, survey their planes into the file `path`, print and draw what was found."""
+    chosen = list(ticket_at.values())
     earlier = earlier_scores(path, settings, args.overwrite)
     split = test if args.on == "test" else train
     if args.on == "distilled":
@@ -404,7 +422,7 @@ def main():
     refresh = fixed_subset(train, 1000, "batchnorm") if has_batchnorm and args.bn == "recompute" else None
     planes = train_planes(ticket_at, train, [name for name, _ in model.named_parameters()], args)
     grids = square_grids(planes, args.grid)
-    labels = [tickets.label(ticket) for ticket in chosen]
+    labels = tickets.labels(chosen)
     about = arrays_of(planes, grids) | {"labels": labels, "settings": json.dumps(settings)}
     scorers = [partial(score_points, model, plane, ticket["masks"], split, refresh)
                for plane, ticket in zip(planes, chosen)]

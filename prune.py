@@ -20,8 +20,14 @@ distilled images recognised in its last epoch. Their subnetworks reach 65.4, 63.
 The same command again goes on where an interrupted run stopped, at most half a minute back, and ends with the same
 masks. For a network and images of your own: find_masks(model, Split(images, labels), rounds=5, epochs=100).
 """
+if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while PyTorch is imported
+
 import copy
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -31,14 +37,16 @@ from common import cli, evaluation, files, ranks, training
 from common.cli import at_least, positive, within
 from common.data import DATASETS, Dataset, load_real, random_subset
 from common.distilled import embedded_distilled, load_distilled
+from common.endpoints import real_recipe
 from common.errors import UserError
 from common.evaluation import mean_and_std
 from common.masks import dense_mask, magnitude_mask, overlap
-from common.networks import build_network, prunable
+from common.networks import aliases, build_network, check_network, prunable
 from common.streams import random_stream
-from common.tickets import family, fingerprint, load_ticket, make_ticket, round_files, tensors_sha
+from common.tickets import family_names, fingerprint, load_ticket, make_ticket, round_files, tensors_sha
 
 DEFAULTS = dict(rounds=10, rate=.2, scope="global", rewind=0, rewind_what="all", seed=0, epochs=300, eval_epochs=300,
+                eval_lr=None, eval_batch_size=None,
                 **training.Recipe._field_defaults)  # the paper's, on real data
 PRESETS = {
     "paper": dict(model="resnet18", width=None, train_images=None, lr=.01),
@@ -62,6 +70,7 @@ def search(model, data, config, out, real=None, start=None, evaluate=()):
     from, `evaluate` the rounds whose subnetworks are trained on real data. The folder `out` gets r<n>.pt and
     results.csv after every round; finished rounds in it are taken as they are. Returns the rows of results.csv.
     """
+    check_search(model, data, real, config, evaluate)
     rows, seconds = [], read_seconds(out)
     first = start["round"] if start else 0
     for number in range(first, config["rounds"] + 1):
@@ -75,7 +84,8 @@ def search(model, data, config, out, real=None, start=None, evaluate=()):
         else:
             weights, results = train_round(path, model, ticket, config, data)
             masks = magnitude_mask(weights, ticket["masks"], config["rate"], config["scope"])
-            init = rewound(model.state_dict(), ticket["init"], masks, config["rewind_what"])
+            say_what_is_gone(number, ticket["masks"], masks)
+            init = rewound(model, ticket["init"], masks, config["rewind_what"])
             ticket = make_ticket(number, masks, init, config, results)
         if not finished:
             files.save(path, ticket)
@@ -90,6 +100,30 @@ def search(model, data, config, out, real=None, start=None, evaluate=()):
     return rows
 
 
+def check_search(model, data, real, config, evaluate):
+    """Try a step of the network, before anything is written. Raises UserError for what cannot be searched."""
+    split = data if data is not None else real and real[0]
+    if split:
+        count = min(2, config["batch_size"], len(split))
+        check_network(model, *split.batch(slice(0, count)), config.get("num_classes"))
+    total = sum(weight.numel() for weight in prunable(model).values())
+    if round(config["rate"] * total) == 0:
+        raise UserError(f"--rate {config['rate']:g} of {total:,} weights removes none")
+    late = [number for number in evaluate if number > config["rounds"]]
+    if late:
+        raise UserError(f"--evaluate {late[0]}: the last round is {config['rounds']} (--rounds)")
+
+
+def say_what_is_gone(number, before, masks):
+    """Name the layers that lost their last weight in this round. Raises UserError when no weight is left at all."""
+    if not any(kept.any() for kept in masks.values()):
+        raise UserError(f"round {number} would remove all weights; the rounds before it are kept: take a lower --rate, or "
+                        "fewer --rounds")
+    gone = [name for name, kept in masks.items() if before[name].any() and not kept.any()]
+    if gone:
+        print(f"round {number}: no weight is left in {', '.join(gone)}", file=sys.stderr)
+
+
 def first_ticket(path, model, config, real, start):
     """Round 0: all weights survive, at initialisation or after `rewind` epochs on real data; or the `start` ticket."""
     if start:
@@ -98,7 +132,7 @@ def first_ticket(path, model, config, real, start):
     images_seen = 0
     if config["rewind"]:
         stream = random_stream(config["seed"], "rewind")
-        trained = train("rewind point", path, model, real[0], config, config["eval_epochs"], stream,
+        trained = train("rewind point", path, model, real[0], config, real_recipe(config), stream,
                         until=config["rewind"])
         images_seen = trained.images_seen
     return make_ticket(0, dense_mask(model), copied(model.state_dict()), config, {"training_points": images_seen})
@@ -115,16 +149,20 @@ def train_round(path, model, ticket, config, data):
     if data is None:
         weights = {name: torch.rand(m.shape, generator=stream).to(m.device) for name, m in ticket["masks"].items()}
         return weights, {"training_points": 0}
-    trained = train(f"round {number}", path, model, data, config, config["epochs"], stream, ticket["masks"])
+    recipe = training.recipe_of(config, config["epochs"])
+    trained = train(f"round {number}", path, model, data, config, recipe, stream, ticket["masks"])
     images_seen = ticket["results"]["training_points"] + trained.images_seen
     return prunable(model), {"training_points": images_seen, "train_loss": trained.loss,
                              "train_accuracy": trained.accuracy}
 
 
-def rewound(trained, init, weights, what):
+def rewound(model, init, weights, what):
     """The state to start the next round from: everything as in `init`, or only the prunable `weights`."""
-    state = init if what == "all" else trained | {name: init[name] for name in weights}
-    return copied(state)
+    if what == "all":
+        return copied(init)
+    first_names = aliases(model)  # a weight of two names is rewound under both
+    trained = model.state_dict()
+    return copied({name: init[name] if first_names.get(name, name) in weights else trained[name] for name in trained})
 
 
 def copied(state):
@@ -136,18 +174,17 @@ def evaluate_ticket(path, model, ticket, config, train_split, test_split):
     number = ticket["round"]
     stream = random_stream(config["seed"], "evaluate", number)
     model.load_state_dict(ticket["init"])
-    train(f"evaluate r{number}", path, model, train_split, config, config["eval_epochs"], stream, ticket["masks"])
+    train(f"evaluate r{number}", path, model, train_split, config, real_recipe(config), stream, ticket["masks"])
     score = evaluation.evaluate(model, test_split)
     return {"test_loss": score.loss, "test_accuracy": score.accuracy}
 
 
-def train(title, path, model, split, config, epochs, stream, mask=None, until=None):
+def train(title, path, model, split, config, recipe, stream, mask=None, until=None):
     """training.train, saved beside the ticket's `path` every half a minute and gone on with from there."""
     saved = unfinished(path)
     begun = files.load(saved, split.labels.device) if saved.exists() else None
     if begun and (begun["title"] != title or files.difference(begun["config"], config, MAY_CHANGE)):
         begun = None
-    recipe = training.recipe_of(config, epochs)
     about = {"title": title, "config": config}
     return training.train_saved(saved, about, title, model, split, recipe, stream, mask, until, begun)
 
@@ -217,7 +254,8 @@ def print_table(rows):
 def prepare_folder(out, config, overwrite):
     """Make `out` ready: empty, or holding an earlier part of this very run. Raises UserError naming the difference."""
     other = other_run(out, config)
-    if other and not overwrite:
+    claimed = len(round_files(out)) > 1  # a first try that failed leaves the dense network at most
+    if other and claimed and not overwrite:
         raise UserError(f"{out} holds another run ({other}); choose another --out, or --overwrite")
     if other:
         for old in [*round_files(out), *out.glob("r*.training.pt"), out / "results.csv"]:
@@ -417,7 +455,7 @@ def add_data_flags(parser):
     flag("--dataset", help=f"{', '.join(DATASETS)}, or a folder with {{train,test}}.npz or "
                            "{train,val}/<class>/ images (cifar10)")
     flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
-    flag("--image-size", type=positive, help="side in pixels of images in class folders (the dataset's)")
+    flag("--image-size", type=cli.side, help="side in pixels of images in class folders (the dataset's)")
     flag("--train-images", type=positive, help="use only so many real training images (paper: all, quick: 10000)")
     flag("--ipc", type=positive, default=10, help="images a class in the distilled set, or drawn for the subset (10)")
     flag("--distilled", metavar="PATH", help="distilled set: EDC, DSA/DC/DM, KIP, MTT, PNG class folders or contact "
@@ -428,7 +466,7 @@ def add_data_flags(parser):
 def add_pruning_flags(parser):
     flag = parser.add_argument_group("network").add_argument
     flag("--model", help="convnet3, resnet10, resnet18 or package.module:callable (paper: resnet18, quick: convnet3)")
-    flag("--width", type=positive, help="channels of the first layer, scales all (convnet3: 128, in quick 32; resnets: "
+    flag("--width", type=cli.width, help="channels of the first layer, scales all (convnet3: 128, in quick 32; resnets: "
                                         "32, above 64 pixels 64)")
     flag("--norm", choices=("instance", "batch", "none"), help="normalisation (convnet3: instance, resnets: batch)")
     flag = parser.add_argument_group("pruning").add_argument
@@ -451,6 +489,8 @@ def add_training_flags(parser):
     flag("--epochs", type=positive, help="of a pruning round (paper: 1000 distilled and subset, 300 real; quick: as "
                                          "many as show 24000 images, 120000 real ones)")
     flag("--eval-epochs", type=positive, help="of a subnetwork on real data (paper: 300; quick: 120000 images)")
+    flag("--eval-lr", type=within(0), help="learning rate of a subnetwork's training on real data (that of --lr)")
+    flag("--eval-batch-size", type=positive, help="batch size of a subnetwork's training on real data (--batch-size)")
     flag("--lr", type=within(0),
          help="learning rate, times 0.2 at 2/3 and 5/6 of the epochs (paper: 0.01, quick: 0.02)")
     flag("--momentum", type=within(0, 1), help="(%(default)s)")
@@ -461,8 +501,8 @@ def add_training_flags(parser):
     cli.sparse_flag(group)
     flag("--amp", action="store_true", help="train in bfloat16")
     flag("--compile", action="store_true", help="run the training step through torch.compile")
-    flag("--seed", type=int, help="fixes initialisation, order and augmentation (%(default)s)")
-    flag("--seeds", type=int, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
+    flag("--seed", type=cli.seed, help="fixes initialisation, order and augmentation (%(default)s)")
+    flag("--seeds", type=cli.seed, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
     flag("--device", help="(cuda when there is one, else cpu)")
 
 

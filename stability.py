@@ -23,8 +23,14 @@ As a library, for two networks of one architecture and splits (common.data.Split
     curves = stability.line(model, state_a, state_b, [train, test])
     stability.barrier(curves["test_error"])
 """
+if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while PyTorch is imported
+
 import itertools
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +38,12 @@ from tqdm import tqdm
 
 from common import cli, evaluation, files, ranks, tickets
 from common.data import fixed_subset
-from common.endpoints import endpoint, result_path, train_ahead
+from common.endpoints import check_apart, endpoint, real_recipe, result_names, train_ahead
 from common.errors import UserError
 from common.matching import match_weights, permutation_groups
 from common.networks import build_network
 from common.streams import random_stream
-from common.training import recipe_of
+from common.training import Recipe
 
 FORMAT = "lottery-stability-1"
 
@@ -89,20 +95,24 @@ def line(model, a, b, parts, points=11, mask=None, refresh=None):
 #############################################
 
 
-def measure(path, ticket, train, test, settings, out, overwrite=False):
-    """The result of the ticket in the file `path`: the lines between its endpoints; found in `out`, or saved there."""
+def measure(path, name, ticket, train, test, settings, out, overwrite=False):
+    """The result of the ticket in the file `path`: the lines between its endpoints; found in `out`, or saved there.
+
+    Its files are <out>/<name>.json, and endpoints beside it.
+    """
     config = ticket["config"]
     model = build_network(config).to(train.labels.device)
     groups = permutation_groups(model) if settings["align"] else None  # an error comes before the training
-    states = [endpoint(out, path, ticket, train, order, settings["epochs"], settings["seed"], settings["from_epoch"],
+    recipe = Recipe(**{key: settings[key] for key in Recipe._fields})
+    states = [endpoint(out, name, ticket, train, order, recipe, settings["seed"], settings["from_epoch"],
                        overwrite)["state"] for order in range(settings["orders"])]
-    file = result_path(out, path, "_aligned.json" if settings["align"] else ".json")
+    file = result_file(out, name, settings)
     if file.exists():
         earlier = read_result(file)
         if earlier["settings"] == settings:
             return earlier
     pairs = lines(model, states, ticket["masks"], groups, train, test, settings)
-    result = about(path, ticket, settings) | dict(format=FORMAT, settings=settings, config=config, pairs=pairs)
+    result = about(path, ticket) | dict(format=FORMAT, settings=settings, config=config, pairs=pairs)
     files.save(file, result)
     return result
 
@@ -124,34 +134,42 @@ def lines(model, states, mask, groups, train, test, settings):
     return pairs
 
 
+def result_file(out, name, settings):
+    return Path(out, f"{name}{'_aligned' if settings['align'] else ''}.json")
+
+
 def measure_ahead(ticket_at, settings_at, train, test, args):
     """Under torchrun: the endpoints, then the lines, shared out over the ranks; the results are found finished."""
     if ranks.current().size == 1:
         return
-    train_ahead(args.out, ticket_at, train, args.orders, args.epochs, args.seed, args.from_epoch, args.overwrite)
+    train_ahead(args.out, ticket_at, train, args.orders, partial(recipe_of_ticket, args), args.seed, args.from_epoch,
+                args.overwrite)
+    names = result_names(ticket_at)
     for path in ranks.share(ticket_at, "lines of all tickets"):
-        measure(path, ticket_at[path], train, test, settings_at[path], args.out)
+        measure(path, names[path], ticket_at[path], train, test, settings_at[path], args.out)
+
+
+def recipe_of_ticket(args, ticket):
+    """The Recipe of a ticket's training on real data, as the flags say."""
+    return real_recipe(ticket["config"], args.epochs, args.lr, args.batch_size)
 
 
 def settings_of(args, ticket, train):
     """All that a result depends on; a result with equal settings is not computed again."""
-    config = ticket["config"]
-    epochs = args.epochs or config["eval_epochs"]
-    if args.from_epoch >= epochs:
-        raise UserError(f"--from-epoch {args.from_epoch}: must be less than the {epochs} epochs of training")
+    config, recipe = ticket["config"], recipe_of_ticket(args, ticket)
+    if args.from_epoch >= recipe.epochs:
+        raise UserError(f"--from-epoch {args.from_epoch}: must be less than the {recipe.epochs} epochs of training")
     settings = {"model": config["model"], "dataset": config["dataset"], "images": len(train),
                 "seed": config["seed"] if args.seed is None else args.seed,
-                "mask_sha": tickets.fingerprint(ticket), **recipe_of(config, epochs)._asdict()}
+                "mask_sha": tickets.fingerprint(ticket), "data_fingerprint": config.get("data_fingerprint"),
+                **recipe._asdict()}
     chosen = ("orders", "points", "from_epoch", "bn", "align", "eval_images")
     return settings | {key: getattr(args, key) for key in chosen}
 
 
-def about(path, ticket, settings):
+def about(path, ticket):
     """What tables and legends say about a result."""
-    family = tickets.family(ticket["config"])
-    if settings["align"]:
-        family += ", aligned"
-    return {"mask": str(path), "family": family, "round": ticket["round"], "sparsity": ticket["sparsity"]}
+    return {"mask": str(path), "round": ticket["round"], "sparsity": ticket["sparsity"]}
 
 
 #############################################
@@ -169,13 +187,30 @@ def read_result(file):
 
 
 def read_results(items):
-    """Results of JSON files, and of all JSON files below folders. Raises UserError for files of another kind."""
+    """Results of JSON files, and of those below folders that are results. Raises UserError for files of another kind."""
     found = []
     for item in map(Path, items):
-        found += sorted(item.rglob("*.json")) if item.is_dir() else [item]
+        found += [file for file in sorted(item.rglob("*.json")) if is_result(file)] if item.is_dir() else [item]
     if not found:
         raise UserError(f"{items[0]}: not a result of stability.py, nor a folder of them")
     return [read_result(file) for file in dict.fromkeys(found)]
+
+
+def is_result(file):
+    held = files.load(file)
+    return isinstance(held, dict) and held.get("format") == FORMAT
+
+
+def named(results):
+    """Results with their "family": what differs between them, the seed apart, is in its name."""
+    own = {"model", "dataset", "mask_sha", "seed", "align"}  # not of how endpoints were trained and measured
+    configs = []
+    for result in results:
+        settings = {f"endpoints' {key}": value for key, value in result["settings"].items() if key not in own}
+        configs.append(result["config"] | settings)
+    ending = {True: ", aligned", False: ""}
+    return [result | {"family": family + ending[result["settings"]["align"]]}
+            for result, family in zip(results, tickets.family_names(configs))]
 
 
 def over_pairs(results, curve):
@@ -303,7 +338,13 @@ def summary_rows(results):
     the ends; accuracy: relative to IMP's; each (mean, std) over pairs and seeds. UserError where IMP is missing.
     """
     groups = {key: group for key, group in grouped(results).items() if group[0]["sparsity"]}
-    imp = {percent: end_accuracy(group).mean() for (family, percent), group in groups.items() if family == "IMP"}
+    imp = {}
+    for (family, percent), group in groups.items():
+        if tickets.family(group[0]["config"]) == "IMP":
+            if percent in imp:
+                raise UserError(f"--summary divides by IMP's accuracy, but there are two IMPs at {percent:g}%: {family} "
+                                "and another; give one experiment's results")
+            imp[percent] = end_accuracy(group).mean()
     rows = defaultdict(list)
     for (family, percent), group in groups.items():
         if percent not in imp:
@@ -331,7 +372,7 @@ def draw_summary(rows, path):
         axes.grid(alpha=.3)
         axes.margins(.15)
         for place, ((family, compression), entries) in enumerate(rows.items()):
-            marker = "*" if family == "IMP" else MARKERS[place % 4]
+            marker = "*" if family.startswith("IMP") else MARKERS[place % 4]
             legend = f"{family} ({compression}x fewer images)" if compression > 1 else family
             x, x_spread = np.transpose([entry[column] for entry in entries])
             y, y_spread = np.transpose([entry[3] for entry in entries])
@@ -355,7 +396,7 @@ def parse(argv=None):
     flag = parser.add_argument_group("the line").add_argument
     flag("--compare", nargs="+", default=[], metavar="FILE", help="masks of a second family, or folder")
     flag("--orders", type=cli.at_least(2), default=2, help="data orders; every pair is measured (2)")
-    flag("--points", type=cli.at_least(3), default=11, help="alphas from 0 to 1, both ends included (11)")
+    flag("--points", type=cli.at_least(3, 10_001), default=11, help="alphas from 0 to 1, both ends included (11)")
     flag("--from-epoch", type=cli.at_least(0), default=0, metavar="K", help="orders share K first epochs (0)")
     flag("--bn", choices=("lerp", "recompute"), default="lerp",
          help="BatchNorm statistics: interpolated (as the paper), or of 2,000 training images (lerp)")
@@ -371,7 +412,7 @@ def parse(argv=None):
 
 def summarise(items, out):
     """--summary: Fig. 6 and the table of saved results, all of one experiment."""
-    results = read_results(items)
+    results = named(read_results(items))
     for key in ("model", "dataset", "images", "epochs", "from_epoch", "bn"):
         values = {str(result["settings"][key]) for result in results}
         if len(values) > 1:
@@ -388,6 +429,15 @@ def main():
     device = cli.start(args)
     ticket_at, train, test = tickets.load_tickets(args.mask + args.compare, args, device)
     settings_at = {path: settings_of(args, ticket, train) for path, ticket in ticket_at.items()}
+    names = result_names(ticket_at)
+    for path in ticket_at:
+        check_apart(result_file(args.out, names[path], settings_at[path]), ticket_at)
+    with files.owned(args.out):
+        experiment(args, ticket_at, settings_at, names, train, test)
+
+
+def experiment(args, ticket_at, settings_at, names, train, test):
+    """Measure every ticket, print and draw what was found."""
     first = {str(settings): path for path, settings in reversed(settings_at.items())}  # both families' r0 are one
     measure_ahead({path: ticket_at[path] for path in first.values()}, settings_at, train, test, args)
     if not ranks.is_first():
@@ -395,11 +445,13 @@ def main():
     results = []
     for path, settings in settings_at.items():
         same = first[str(settings)]
-        result = measure(same, ticket_at[same], train, test, settings, args.out, args.overwrite)
-        results.append(result | about(path, ticket_at[path], settings))
-        print_result(results[-1])
+        result = measure(same, names[same], ticket_at[same], train, test, settings, args.out, args.overwrite)
+        results.append(result | about(path, ticket_at[path]))
+    results = named(results)
+    for result in results:
+        print_result(result)
     print_spread(results)
-    files.save_csv(args.out / "stability.csv", table_rows(read_results([args.out])))
+    files.save_csv(args.out / "stability.csv", table_rows(named(read_results([args.out]))))
     nearest = {min(results, key=lambda result: abs(result["sparsity"] - wanted))["round"] for wanted in (0, .6, .87)}
     draw_lines(results, args.highlight or nearest, args.out / "stability.png")
     draw_surfaces(results, args.out / "stability_surface.png")

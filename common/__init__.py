@@ -17,7 +17,7 @@ Kim et al. 2022, whose augmentation and distilled data the paper uses.
 
 The rooms, each using only those above it:
 
-    errors, ranks, files, streams     ground: mistakes, several processes, atomic files, random numbers
+    errors, interrupts, ranks, files, streams  ground: mistakes, signals, processes, atomic files, random numbers
     networks, masks, augment, data    ConvNet3 and ResNets; mask algebra; DSA and CutMix; splits of real data
     graph                             any network as the operations of its forward pass
     distilled                         distilled sets of every published format

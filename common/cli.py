@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import ranks
+from . import interrupts, ranks
 from .errors import UserError
 from .kernels import ops, views
 
@@ -27,15 +27,28 @@ def keep_freed_memory():
 def run(main):
     """Call a script's main() and turn a UserError into exit code 2, Ctrl-C into 130."""
     keep_freed_memory()
+    interrupts.install()
     try:
         with ranks.all_ranks():
             main()
     except UserError as error:
-        ranks.print_once(f"error: {error}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        ranks.print_once("\nstopped: the same command goes on from the last finished step")
-        sys.exit(130)
+        fail(error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        fail(f"not enough memory: {error}; take a smaller network, batch or image")
+    except RuntimeError as error:
+        if "enough memory" not in str(error):
+            raise
+        fail(f"not enough memory ({str(error).splitlines()[0][:120]}); take a smaller network, batch or image")
+    except interrupts.Stopped as stopped:
+        ranks.print_once("\nstopped: the same command goes on from where it is now")
+        sys.exit(128 + stopped.number)
+
+
+def fail(error):
+    """End with one line on stderr, in which no control code of a file's name reaches the terminal, and exit code 2."""
+    line = " ".join(str(error).split())
+    ranks.print_once("error: " + "".join(c if c.isprintable() else "?" for c in line))
+    sys.exit(2)
 
 
 def start(args):
@@ -50,7 +63,7 @@ def choose_device(name=None):
     """The torch.device that --device names; CUDA when there is one, else the CPU. Raises UserError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: not a device of this machine's PyTorch") from error
     return device
@@ -71,23 +84,32 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def at_least(least):
-    """argparse type: a whole number, `least` or more."""
+def at_least(least, most=10 ** 9):
+    """argparse type: a whole number from `least` to `most`."""
     def number(text):
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {least} to {most}")
         return int(text)
 
     return number
 
 
 positive = at_least(1)
+width = at_least(1, 8192)  # channels
+side = at_least(1, 4096)  # pixels
+
+
+def seed(text):
+    """argparse type: a whole number that seeds random numbers."""
+    if not (text.removeprefix("-").isdigit() and abs(int(text[:20])) <= 2 ** 40):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from -2^40 to 2^40")
+    return int(text)
 
 
 def within(least, most=math.inf):
     """argparse type: a finite number from `least` to `most`."""
     def parsed(text):
-        value = float(text)
+        value = float(text)  # argparse names what is no number at all
         if not (least <= value <= most and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is not a number from {least:g} to {most:g}")
         return value
@@ -98,7 +120,11 @@ def within(least, most=math.inf):
 def folder(text):
     """argparse type: the path of a folder that is there or can be made."""
     path = Path(text)
-    if any(place.is_file() for place in (path, *path.parents)):
+    try:
+        blocked = any(place.exists() and not place.is_dir() for place in (path, *path.parents))
+    except OSError as error:  # too long a name, for one
+        raise argparse.ArgumentTypeError(f"{text[:60]}...: {error.strerror}") from None
+    if blocked:
         raise argparse.ArgumentTypeError(f"{text} is not a folder's path: a file is in its place")
     return path
 
@@ -109,13 +135,18 @@ def ticket_flags(parser):
     flag("--mask", nargs="+", default=[], metavar="FILE",
          help="mask files of prune.py or folders of them; with --dataset torch.nn.utils.prune states")
     flag("--dataset", help="of masks that name none; or without --mask, of a dense one (digits: offline)")
-    flag("--model", default="convnet3", help="of masks that name none, or of the dense one (convnet3)")
-    flag("--width", type=positive, help="its channels in the first layer (convnet3: 128, resnet: 32)")
+    flag("--model", default="convnet3", help="of masks that name none, or of the dense one: convnet3, resnet10, resnet18 "
+                                             "or package.module:callable, whose code runs only when named (convnet3)")
+    flag("--width", type=width, help="its channels in the first layer (convnet3: 128, resnet: 32)")
     flag("--norm", choices=("instance", "batch", "none"), help="its normalisation (convnet3: instance, resnet: batch)")
     flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
+    flag("--image-size", type=side, help="side in pixels of images in class folders (the mask's, or the dataset's)")
     flag("--epochs", type=positive, help="of training on real data (the mask's eval_epochs, else 60)")
+    flag("--lr", type=within(0), help="of training on real data (the mask's)")
+    flag("--batch-size", type=positive, help="of training on real data (the mask's)")
+    flag("--train-images", type=positive, help="use only so many real training images (the mask's)")
     sparse_flag(parser)
-    flag("--seed", type=int, help="of the data orders (the mask file's)")
+    flag("--seed", type=seed, help="of the data orders (the mask file's)")
     flag("--device", help="(cuda when there is one, else cpu)")
 
 

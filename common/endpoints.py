@@ -11,37 +11,61 @@ from .tickets import fingerprint
 FORMAT = "lottery-endpoint-1"
 
 
-def result_path(folder, mask_path, ending):
-    """<folder>/<run>/<mask's name><ending>, where run is the mask's folder, or the two of .../<folder>/seed<S>/."""
-    path = Path(mask_path).resolve()
-    run_folders = path.parts[-3:-1] if path.parent.name.startswith("seed") else path.parts[-2:-1]
-    return Path(folder, *run_folders, path.stem + ending)
+def result_names(ticket_at):
+    """{path of a mask file: <run>/<its name>}, under which its results lie in a folder of results.
+
+    <run> is the mask's folder, or the two of .../<folder>/seed<S>/. Two different tickets never share a name: all but
+    the first have their fingerprint in it.
+    """
+    names, taken = {}, {}
+    for path, ticket in ticket_at.items():
+        place = Path(path).resolve()
+        parts = place.parts[-3:-1] if place.parent.name.startswith("seed") else place.parts[-2:-1]
+        name, sha = Path(*parts, place.stem), fingerprint(ticket)
+        if taken.setdefault(name, sha) != sha:
+            name = name.with_name(f"{name.name}-{sha[:8]}")
+        names[path] = name
+    return names
 
 
-def endpoint(folder, mask_path, ticket, split, order, epochs=None, seed=None, shared=0, overwrite=False):
+def check_apart(result, inputs):
+    """Raises UserError where a result would be written over one of the `inputs` of the command."""
+    for path in inputs:
+        if Path(path).resolve() == Path(result).resolve():
+            raise UserError(f"{result}: the result would replace this input; choose another --out")
+
+
+def real_recipe(config, epochs=None, lr=None, batch_size=None):
+    """The Recipe of a ticket's training on real data: as given here, else its config's eval_..., else its search's."""
+    given = {"lr": lr or config.get("eval_lr"), "batch_size": batch_size or config.get("eval_batch_size")}
+    chosen = {key: value for key, value in given.items() if value}
+    return training.recipe_of(config | chosen, epochs or config["eval_epochs"])
+
+
+def endpoint(folder, name, ticket, split, order, recipe, seed=None, shared=0, overwrite=False):
     """A dict whose "state" is `ticket` trained on `split` in the data order number `order`.
 
-    Kept in result_path(folder, mask_path, "_order<order>.pt") and taken from there when the file is of the same
-    mask, initial state, recipe and seed; if it is not: UserError, or trained anew with `overwrite`. An interrupted
-    training goes on from its last save, at most half a minute back. `epochs` and `seed` default to the ticket's.
-    The first `shared` epochs are the same for all orders (Frankle et al. 2020): they are trained once, as order None,
-    and kept in "_epoch<shared>.pt".
+    Kept in <folder>/<name>_order<order>.pt and taken from there when the file is of the same mask, initial state, data,
+    recipe and seed; if it is not: UserError, or trained anew with `overwrite`. An interrupted training goes on from its
+    last save, at most half a minute back. `seed` defaults to the ticket's. The first `shared` epochs are the same for
+    all orders (Frankle et al. 2020): they are trained once, as order None, and kept in <name>_epoch<shared>.pt.
     """
-    config = ticket["config"]
-    recipe = training.recipe_of(config, epochs or config["eval_epochs"])
-    seed = config["seed"] if seed is None else seed
+    seed = ticket["config"]["seed"] if seed is None else seed
     last, ending = (shared, f"_epoch{shared}.pt") if order is None else (recipe.epochs, f"_order{order}.pt")
-    path = result_path(folder, mask_path, ending)
+    path = Path(folder, f"{name}{ending}")
     identity = {"format": FORMAT, "mask_sha": fingerprint(ticket), "order": order, "seed": seed, "shared": shared,
-                "images": len(split), **recipe._asdict()}
-    kept = kept_endpoint(path, identity, split.labels.device, overwrite)
-    if kept and kept["epochs_done"] == last:
-        return kept
-    start = kept
-    if not kept and shared and order is not None:
-        start = endpoint(folder, mask_path, ticket, split, None, epochs, seed, shared, overwrite)
-    about = identity | {key: ticket[key] for key in ("masks", "round", "sparsity", "config")}
-    return train_endpoint(path, about, ticket["init"], start, last, split, recipe, random_stream(seed, "order", order))
+                "images": len(split), "data_fingerprint": ticket["config"].get("data_fingerprint"),
+                **recipe._asdict()}
+    with files.locked(path.with_name(f".{path.name}.lock"), wait=True):
+        kept = kept_endpoint(path, identity, split.labels.device, overwrite)
+        if kept and kept["epochs_done"] == last:
+            return kept
+        start = kept
+        if not kept and shared and order is not None:
+            start = endpoint(folder, name, ticket, split, None, recipe, seed, shared, overwrite)
+        about = identity | {key: ticket[key] for key in ("masks", "round", "sparsity", "config")}
+        stream = random_stream(seed, "order", order)
+        return train_endpoint(path, about, ticket["init"], start, last, split, recipe, stream)
 
 
 def kept_endpoint(path, identity, device, overwrite):
@@ -56,7 +80,7 @@ def kept_endpoint(path, identity, device, overwrite):
         return None
     change = f"{different} {kept.get(different)}, not {identity[different]}"
     change = "another mask" if different == "mask_sha" else change
-    raise UserError(f"{path} is an end point of {change}; --overwrite trains it anew, or choose another folder")
+    raise UserError(f"{path} is an endpoint of {change}; --overwrite trains it anew, or choose another folder")
 
 
 def train_endpoint(path, about, init, start, last, split, recipe, generator):
@@ -79,16 +103,18 @@ def train_endpoint(path, about, init, start, last, split, recipe, generator):
     return point
 
 
-def train_ahead(folder, tickets, split, orders, epochs=None, seed=None, shared=0, overwrite=False):
+def train_ahead(folder, ticket_at, split, orders, recipe_of, seed=None, shared=0, overwrite=False):
     """Under torchrun: train the endpoints of {path: ticket} in all `orders`, each on one of the ranks.
 
-    They are found when they are asked for; one process trains them only then.
+    `recipe_of(ticket)` is its Recipe. They are found when they are asked for; one process trains them only then.
     """
     if ranks.current().size == 1:
         return
-    paths = {result_path(folder, path, ""): path for path in tickets}.values()  # two of one result are trained once
-    length = epochs or next(iter(tickets.values()))["config"]["eval_epochs"]
-    for path in ranks.share(paths, "epochs shared by the orders", shared) if shared else ():
-        endpoint(folder, path, tickets[path], split, None, epochs, seed, shared, overwrite)
-    for path, order in ranks.share(itertools.product(paths, range(orders)), "epochs of all endpoints", length):
-        endpoint(folder, path, tickets[path], split, order, epochs, seed, shared, overwrite)
+    by_name = {name: ticket_at[path] for path, name in result_names(ticket_at).items()}
+    length = recipe_of(next(iter(ticket_at.values()))).epochs
+    for name in ranks.share(by_name, "epochs shared by the orders", shared) if shared else ():
+        ticket = by_name[name]
+        endpoint(folder, name, ticket, split, None, recipe_of(ticket), seed, shared, overwrite)
+    for name, order in ranks.share(itertools.product(by_name, range(orders)), "epochs of all endpoints", length):
+        ticket = by_name[name]
+        endpoint(folder, name, ticket, split, order, recipe_of(ticket), seed, shared, overwrite)

@@ -26,7 +26,7 @@ def write_atomically(path, content):
     if ranks.current().rank:
         return
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process leaves is replaced by the next
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -93,6 +93,42 @@ def read_csv(path):
 #############################################
 #            Going on after a stop          #
 #############################################
+
+
+@contextlib.contextmanager
+def locked(path, wait=False):
+    """Hold the lock file `path`, which is gone afterwards; the system frees it however the process ends.
+
+    Another process that holds it is waited for with `wait`, else it raises UserError.
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{path.parent} is in use by another process; choose another --out, or wait") from None
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            break
+        file.close()  # who held it has removed it meanwhile
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+@contextlib.contextmanager
+def owned(folder):
+    """Keep other processes out of a folder of results while this one (of several ranks the first) works in it."""
+    if not ranks.is_first():
+        yield
+        return
+    with locked(Path(folder) / ".lock"):
+        yield
 
 
 def difference(earlier, wanted, ignored=()):

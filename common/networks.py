@@ -317,10 +317,10 @@ def check_network(model, images, labels, num_classes):
 
 
 def check_logits(logits, count, num_classes):
-    """Raises UserError unless `logits` is [count, num_classes]."""
-    if tuple(logits.shape) != (count, num_classes):
+    """Raises UserError unless `logits` is [count, num_classes]; without num_classes, [count, any number]."""
+    if logits.ndim != 2 or len(logits) != count or num_classes not in (None, logits.shape[1]):
         shape = " x ".join(map(str, logits.shape))
-        raise UserError(f"the network returns {shape} for {count} images, wanted {count} x {num_classes}: logits of "
+        raise UserError(f"the network returns {shape} for {count} images, wanted {count} x {num_classes or 'classes'}: logits of "
                         "the dataset's classes")
 
 

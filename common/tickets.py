@@ -1,16 +1,19 @@
 """Tickets: masks with their initial weights, and the files r<n>.pt that hold them."""
 import hashlib
+import itertools
 from pathlib import Path
 
 import torch
 
 from . import data
 from .errors import UserError
-from .files import load
+from .files import difference, load
 from .masks import dense_mask, sparsity
-from .networks import build_network, prunable
+from .networks import build_network, check_network, prunable
 
 FORMAT = "lottery-mask-1"
+# What a run goes on with, how its subnetworks are evaluated, how it is computed: not how its masks were found.
+SAME_FAMILY = {"seed", "rounds", "sparse", "eval_epochs", "eval_lr", "eval_batch_size", "amp", "compile", "data_dir"}
 
 #############################################
 #              Making, reading              #
@@ -23,23 +26,20 @@ def make_ticket(number, masks, init, config, results):
             "config": config, "results": results}
 
 
-def load_ticket(path, config=None, device="cpu", model=None):
+def load_ticket(path, config=None, device="cpu", model=None, code=None):
     """The ticket in a file of prune.py: a dict with round, sparsity, masks, init, config, results.
 
-    It must fit the network that its config describes, or the `model` at hand, of which a config need not know.
-    Also takes a torch.nn.utils.prune state dict (`weight_orig`, `weight_mask`); its tensors are matched to the
-    prunable weights of the network that `config` describes, in order. Raises UserError.
+    It must fit the network that its config describes, or the `model` at hand, of which a config need not know. A file
+    may name a user's network, but its code is imported only when it is the one that `code` names. Also takes a state
+    dict of torch.nn.utils.prune, for the network that `config` describes. Raises UserError.
     """
     held = load(path, device)
-    if not isinstance(held, dict):
-        held = {}
-    if held.get("format") != FORMAT:
-        if not any(str(key).endswith("weight_mask") for key in held):
-            raise UserError(f"{path}: not a mask file of prune.py, nor a torch.nn.utils.prune state dict")
+    if not (isinstance(held, dict) and held.get("format") == FORMAT):
+        state = state_dict_of(path, held)
         if config is None:
             raise UserError(f"{path}: a torch.nn.utils.prune state dict names no network; give --model and --dataset")
-        held = from_torch_prune(path, held, config)
-    check_ticket(path, held, model)
+        held = from_torch_prune(path, state, config)
+    check_ticket(path, held, model, code)
     return held
 
 
@@ -65,31 +65,40 @@ def wrong_setting(config):
             return key
 
 
-def check_ticket(path, ticket, model=None):
+def check_ticket(path, ticket, model=None, code=None):
     """Raises UserError unless a mask file's dict is complete, and its masks and initial state fit its network."""
     parts = {"config": dict, "masks": dict, "init": dict, "results": dict, "round": int, "sparsity": float}
-    wrong = next((key for key, kind in parts.items() if not isinstance(ticket.get(key), kind)), None)
-    if wrong:
-        raise UserError(f"{path}: mask file without {wrong}")
-    network = described_network(path, ticket["config"]) if model is None else model
+    for key, kind in parts.items():
+        if not isinstance(ticket.get(key), kind):
+            raise UserError(f"{path}: mask file without {key}")
+    network = described_network(path, ticket["config"], code) if model is None else model
     masks = {name: torch.empty_like(weight, dtype=torch.bool) for name, weight in prunable(network).items()}
     for part, expected in ("masks", masks), ("init", network.state_dict()):
-        held = {name: (v.shape, v.dtype, v.layout) for name, v in ticket[part].items() if torch.is_tensor(v)}
-        if held != {name: (v.shape, v.dtype, v.layout) for name, v in expected.items()}:
-            if model is not None:
-                raise UserError(f"{path}: its {part} are of another network than the one at hand")
-            raise UserError(f"{path}: its {part} do not fit its network {ticket['config']['model']}")
-    broken = next((name for name, _ in network.named_parameters() if not ticket["init"][name].isfinite().all()), None)
-    if broken:
-        raise UserError(f"{path}: {broken} holds NaN or infinity")
+        wrong = difference(kinds(ticket[part]), kinds(expected))
+        if wrong:
+            whose = "the network at hand" if model is not None else f"its network {ticket['config']['model']}"
+            raise UserError(f"{path}: its {part} do not fit {whose}: {wrong} is {kinds(ticket[part]).get(wrong)}, "
+                            f"wanted {kinds(expected).get(wrong)}")
+    for name, _ in network.named_parameters():
+        if not ticket["init"][name].isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity")
 
 
-def described_network(path, config):
+def kinds(tensors):
+    """{name: type and shape in words} of a dict of tensors; what is none is left out."""
+    return {name: f"{str(v.dtype).removeprefix('torch.')} {tuple(v.shape)}" for name, v in tensors.items()
+            if torch.is_tensor(v) and v.layout == torch.strided}
+
+
+def described_network(path, config, code=None):
     """The network that a mask file's config describes, for the shapes of its tensors. Raises UserError."""
     wrong = wrong_setting(config)
     if wrong:
         raise UserError(f"{path}: {wrong} {config.get(wrong)!r} in its config is not one of prune.py")
     own = ":" in config["model"]
+    if own and config["model"] != code:
+        raise UserError(f"{path}: its network is {config['model']}; its code is run only when you name it: "
+                        f"--model {config['model']}")
     try:
         with torch.device("cpu" if own else "meta"):  # shapes, without the memory that a hostile file may ask for
             return build_network(config)
@@ -97,19 +106,91 @@ def described_network(path, config):
         raise UserError(f"{path}: its config describes no network ({str(error)[:80]})") from error
 
 
+#############################################
+#     State dicts of torch.nn.utils.prune   #
+#############################################
+
+
+def state_dict_of(path, held):
+    """The state dict with masks in what a file holds: itself, or under a key such as "state_dict". Raises UserError."""
+    places = [held]
+    if isinstance(held, dict):
+        places += [value for value in held.values() if isinstance(value, dict)]
+    for state in places:
+        if isinstance(state, dict) and any(str(key).endswith("_mask") for key in state):
+            return {str(key).removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
+    keys = ", ".join(map(str, held))[:80] if isinstance(held, dict) else type(held).__name__
+    raise UserError(f"{path}: not a mask file of prune.py, nor a torch.nn.utils.prune state dict (holds {keys}; wanted "
+                    "names that end in weight_mask)")
+
+
 def from_torch_prune(path, state, config):
-    """A ticket from `<name>_orig` and `<name>_mask` entries, matched to our names by order and shape."""
+    """A ticket of all that a state dict holds: weights, masks, biases, norms and statistics, matched to our names.
+
+    Layers are matched in order, and what is in them by name and shape. A weight without a mask survives whole.
+    """
     model = build_network(config, config.get("seed", 0))
-    found = [(state.get(key[:-4] + "orig"), state[key]) for key in map(str, state) if key.endswith("weight_mask")]
-    names = list(prunable(model))
-    shapes = [(weight.shape, weight.shape) for weight in prunable(model).values()]
-    if [tuple(v.shape for v in pair if torch.is_tensor(v)) for pair in found] != shapes:
-        raise UserError(f"{path}: {len(found)} masked weights that do not fit {config['model']} "
-                        f"(--model, --width and --dataset choose the network)")
-    init = model.state_dict()
-    init.update({name: weight for name, (weight, _) in zip(names, found)})
-    masks = {name: m.bool() for name, (_, m) in zip(names, found)}
-    return make_ticket(0, masks, init, dict(config), {})
+    plain = {name.removesuffix("_orig") if f"{name.removesuffix('_orig')}_mask" in state else name: value
+             for name, value in state.items() if not name.endswith("_mask")}
+    wanted = model.state_dict()
+    names = matched_names(path, plain, wanted, config["model"])
+    init = {names[name]: value.to(wanted[names[name]].dtype) for name, value in plain.items()}
+    masks = dense_mask(model)
+    for name, mask in state.items():
+        if name.endswith("_mask"):
+            masks[masked_weight(path, name, names, masks)] = hard_mask(path, name, mask)
+    return make_ticket(0, masks, {name: init[name] for name in wanted}, dict(config), {})
+
+
+def matched_names(path, found, wanted, model):
+    """{name in a file's state: name in ours}, layer by layer in order. Raises UserError where they do not fit."""
+    files_layers, our_layers = layers_of(found), layers_of(wanted)
+    names = {}
+    for theirs, ours in itertools.zip_longest(files_layers, our_layers):
+        wrong = theirs is None or ours is None or files_layers[theirs].keys() != our_layers[ours].keys()
+        for leaf in [] if wrong else files_layers[theirs]:
+            wrong = wrong or files_layers[theirs][leaf].shape != our_layers[ours][leaf].shape
+            names[join(theirs, leaf)] = join(ours, leaf)
+        if wrong:
+            raise UserError(f"{path}: layer {theirs or 'missing'} {described(files_layers.get(theirs))} is not {model}'s "
+                            f"{ours or 'missing'} {described(our_layers.get(ours))} (--model, --width, --norm and "
+                            "--dataset choose the network)")
+    return names
+
+
+def layers_of(state):
+    """{layer: {parameter's last name: tensor}} of a state dict, in order."""
+    layers = {}
+    for name, value in state.items():
+        layer, _, leaf = name.rpartition(".")
+        layers.setdefault(layer, {})[leaf] = value
+    return layers
+
+
+def join(layer, leaf):
+    return f"{layer}.{leaf}" if layer else leaf
+
+
+def described(layer):
+    """The tensors of a layer in words."""
+    return ", ".join(f"{leaf} {tuple(value.shape)}" for leaf, value in (layer or {}).items())
+
+
+def masked_weight(path, mask_name, names, masks):
+    """Our name of the weight that a file's mask belongs to. Raises UserError for what is not pruned here."""
+    name = names.get(mask_name.removesuffix("_mask"))
+    if name not in masks:
+        raise UserError(f"{path}: {mask_name}: only the weights of convolutions and linear layers are pruned here; "
+                        f"prune.remove(module, {mask_name.removesuffix('_mask').rpartition('.')[2]!r}) before saving")
+    return name
+
+
+def hard_mask(path, name, mask):
+    """A mask as bool. Raises UserError when it is not made of zeros and ones."""
+    if not ((mask == 0) | (mask == 1)).all():
+        raise UserError(f"{path}: {name} is a soft mask, with values from {float(mask.min()):.3g} to "
+                        f"{float(mask.max()):.3g}; wanted zeros and ones")
+    return mask.bool().contiguous()
 
 
 def fingerprint(ticket):
@@ -140,10 +221,40 @@ def family(config):
     return names.get(config.get("data"), "own data") + rewound + started
 
 
-def label(ticket):
-    """Family and sparsity of a ticket."""
-    percent = 100 * ticket["sparsity"]
-    return f"{family(ticket['config'])}, {percent:.3g}% sparse" if percent else "dense"
+def family_names(configs):
+    """The family of every config, told apart from others of its kind by all settings in which they differ.
+
+    Runs that differ in the seed alone are one family.
+    """
+    kinds_of = [family(config) for config in configs]
+    names = []
+    for kind, config in zip(kinds_of, configs):
+        alike = [other for other, its_kind in zip(configs, kinds_of) if its_kind == kind]
+        marks = [mark(key, config.get(key)) for key in differing_keys(alike)]
+        names.append(", ".join([kind, *marks]))
+    return names
+
+
+def differing_keys(configs):
+    """The settings in which configs differ, without those that make no other family."""
+    keys = dict.fromkeys(key for config in configs for key in config if key not in SAME_FAMILY)
+    return [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
+
+
+def mark(key, value):
+    """A setting in the words of a legend."""
+    if key in ("distilled", "start") and value:
+        return Path(value).stem
+    if key.endswith("fingerprint"):
+        return f"{key.partition('_')[0]} {str(value)[:6]}"
+    return f"{key.replace('_', ' ')} {value}"
+
+
+def labels(tickets):
+    """Family and sparsity of every ticket."""
+    names = family_names([ticket["config"] for ticket in tickets])
+    return [f"{name}, {100 * ticket['sparsity']:.3g}% sparse" if ticket["sparsity"] else "dense"
+            for name, ticket in zip(names, tickets)]
 
 
 #############################################
@@ -176,33 +287,36 @@ def load_tickets(paths, args, device):
     unnamed = unnamed_config(args) if args.dataset else None
     if not (unnamed or paths):
         raise UserError("no --mask given; --dataset digits takes a dense network and needs no mask file")
-    tickets = {path: load_ticket(path, unnamed, device) for path in ticket_files(paths)}
+    tickets = {path: load_ticket(path, unnamed, device, code=args.model) for path in ticket_files(paths)}
     if not paths:
         model = build_network(unnamed, unnamed["seed"]).to(device)
         path = Path(Path(args.dataset).name) / "dense.pt"
         tickets[path] = make_ticket(0, dense_mask(model), model.state_dict(), unnamed, {})
-    check_alike(tickets, args.dataset)
-    first = next(iter(tickets.values()))
-    return tickets, *data.load_real(dict(first["config"]), args.data_dir, device)
+    check_alike(tickets)
+    config = dict(next(iter(tickets.values()))["config"])
+    if args.train_images:
+        config["train_images"] = args.train_images
+    train, test = data.load_real(config, args.data_dir, device)
+    model = build_network(config).to(device)
+    check_network(model, *train.batch(slice(0, 2)), config["num_classes"])
+    return tickets, train, test
 
 
 def unnamed_config(args):
     """The config of the network that --model, --dataset, --width and --norm describe, trained on real data."""
     config = dict(model=args.model, dataset=args.dataset, width=args.width, norm=args.norm, seed=args.seed or 0,
-                  data="real", eval_epochs=60)
+                  image_size=args.image_size, data="real", eval_epochs=60)
     data.load_real(config, args.data_dir)
     if config["image_size"] > 64:
         config |= dict(augment="imagenet", cutmix=1.)
     return config
 
 
-def check_alike(tickets, dataset):
-    """Raises UserError unless the tickets are of one network and one dataset, that of --dataset if it is given."""
+def check_alike(tickets):
+    """Raises UserError unless the tickets are of one network and one dataset."""
     first_path, first = next(iter(tickets.items()))
     for path, other in tickets.items():
-        for key in ("model", "dataset", "width", "norm", "image_size", "train_images"):
+        for key in ("model", "dataset", "width", "norm", "image_size", "train_images", "data_fingerprint"):
             one, two = first["config"].get(key), other["config"].get(key)
             if one != two:
                 raise UserError(f"{path} has {key} {two}, {first_path} {one}; give masks of one network and dataset")
-    if dataset not in (None, first["config"]["dataset"]):
-        raise UserError(f"{first_path} is of dataset {first['config']['dataset']}, not --dataset {dataset}")

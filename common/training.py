@@ -10,6 +10,7 @@ from tqdm import tqdm
 from . import files
 from .augment import augmented
 from .errors import UserError
+from .interrupts import Stopped, deferred
 from .kernels import ops, views
 from .masks import apply_mask
 from .networks import blocks_of, logits_of
@@ -171,18 +172,24 @@ def check_finite(model, recipe, training):
 
 
 def train_with_bar(title, model, split, recipe, generator, mask=None, until=None, training=None, save=None):
-    """`train` under a progress bar; `save(training)` is called every half a minute. An error says where it came from."""
+    """`train` under a progress bar; `save(training)` is called every half a minute, and before Ctrl-C or SIGTERM stop.
+
+    An error says which training it came from.
+    """
     autosave = files.Autosave()
     done = training.epoch if training else 0
     total = recipe.epochs if until is None else until
     shown = f"{title} ({views.path(model, mask, recipe.skips_zeros)})"
-    with tqdm(initial=done, total=total, desc=shown, unit="epoch", disable=None, leave=False) as bar:
+    bar = tqdm(initial=done, total=total, desc=shown, unit="epoch", disable=None, leave=False)
+    with bar, deferred() as asked_to_stop:
         def progress(training):
             if training.epoch > bar.n:
                 bar.set_postfix(loss=f"{training.loss:.3f}", accuracy=f"{training.accuracy:.1%}", refresh=False)
                 bar.update()
-            if save and autosave.due():
+            if save and (asked_to_stop() or autosave.due()):
                 save(training)
+            if asked_to_stop():
+                raise Stopped(asked_to_stop())
 
         try:
             return train(model, split, recipe, generator, mask, until, training, progress)

@@ -6,7 +6,7 @@ import common
 from conftest import ROOT
 
 SCRIPTS = ["prune", "stability", "landscape", "hessian", "distill"]
-LADDER = ["errors", "ranks", "files", "streams", "networks", "masks", "augment", "data", "graph", "distilled",
+LADDER = ["errors", "interrupts", "ranks", "files", "streams", "networks", "masks", "augment", "data", "graph", "distilled",
           "kernels.build", "kernels.ops", "kernels.dense", "kernels.sparse", "kernels.views", "kernels.points",
           "training", "evaluation", "matching", "planes", "tickets", "endpoints", "cli"]
 ROOMS = [f"common.{room}" for room in LADDER]

@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM (Slurm, spot machines): a training ends its step and saves; everything else stops at once."""
+import contextlib
+import signal
+import threading
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to stop by the signal `number`."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+
+def stop(number, frame):
+    raise Stopped(number)
+
+
+def install():
+    """From here on both signals raise Stopped."""
+    for number in SIGNALS:
+        signal.signal(number, stop)
+
+
+@contextlib.contextmanager
+def deferred():
+    """Inside, the signals wait: the function given says which one has come, or None. Afterwards it raises Stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    came = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS}
+    try:
+        yield lambda: came[0] if came else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise Stopped(came[0])
