@@ -70,7 +70,6 @@ def search(model, data, config, out, real=None, start=None, evaluate=()):
     from, `evaluate` the rounds whose subnetworks are trained on real data. The folder `out` gets r<n>.pt and
     results.csv after every round; finished rounds in it are taken as they are. Returns the rows of results.csv.
     """
-    check_search(model, data, real, config, evaluate)
     rows, seconds = [], read_seconds(out)
     first = start["round"] if start else 0
     for number in range(first, config["rounds"] + 1):
@@ -217,8 +216,11 @@ def find_masks(model, data, out="masks", real=None, start=None, evaluate=(), ove
     config["network_sha"] = tensors_sha(model.state_dict())
     config["data_sha"] = tensors_sha(images)
     config["start_sha"] = fingerprint(start) if start else None
-    prepare_folder(Path(out), config, overwrite)
-    return search(copy.deepcopy(model), data, config, Path(out), real, start, evaluate)
+    model, out = copy.deepcopy(model), Path(out)
+    check_search(model, data, real, config, evaluate)
+    with files.owned(out):
+        prepare_folder(out, config, overwrite)
+        return search(model, data, config, out, real, start, evaluate)
 
 
 #############################################
@@ -296,8 +298,8 @@ def draw_runs(folders, path):
     runs = [[files.read_csv(seed / "results.csv") for seed in run_folders(folder)] for folder in folders]
     rows = [row for run in runs for table in run for row in table]
     tested = any("test_accuracy" in row for row in rows)
-    for i, (folder, run) in enumerate(zip(folders, runs)):
-        label = family(files.load(run_folders(folder)[0] / "config.json"))
+    names = family_names([config_of_run(folder) for folder in folders])
+    for i, (label, run) in enumerate(zip(names, runs)):
         if len(run) > 1:
             label += f" ({len(run)} seeds)"
         style = dict(color=f"C{i}", ls=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], label=label)
@@ -312,6 +314,15 @@ def draw_runs(folders, path):
         if axes.has_data():
             axes.legend(fontsize=8)
     files.save(path, figure)
+
+
+def config_of_run(folder):
+    """The config of a run; of its first seed. Raises UserError when its seeds differ in more than the seed."""
+    configs = [files.load(seed / "config.json") for seed in run_folders(folder)]
+    if len(set(family_names(configs))) > 1:
+        raise UserError(f"{folder} holds different runs: {' and '.join(sorted(set(family_names(configs))))}; only seeds "
+                        "are averaged")
+    return configs[0]
 
 
 def by_round(run):
@@ -514,6 +525,9 @@ def config_of(args, preset):
     started = files.load(args.start) if args.start else None
     if isinstance(started, dict) and "config" in started:
         unset |= {key: started["config"].get(key) for key in ("model", "width", "norm", "dataset", "image_size")}
+        if ":" in str(unset["model"]) and config["model"] is None:
+            raise UserError(f"{args.start}: its network is {unset['model']}; its code is run only when you name it: --model "
+                            f"{unset['model']}")
     for key, value in unset.items():
         if config[key] is None:
             config[key] = value
@@ -575,8 +589,10 @@ def run_seed(config, out, args, distilled, real, device):
     evaluate = args.evaluate or ()
     if args.evaluate == []:
         evaluate = range(config["rounds"] + 1)
-    prepare_folder(out, config, args.overwrite)
-    rows = search(model, data, config, out, real, start, evaluate)
+    check_search(model, data, real, config, evaluate)
+    with files.owned(out):
+        prepare_folder(out, config, args.overwrite)
+        rows = search(model, data, config, out, real, start, evaluate)
     print_table(rows)
     draw_runs([out], out / "prune.png")
 
