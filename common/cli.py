@@ -88,7 +88,7 @@ def at_least(least, most=10 ** 9):
     """argparse type: a whole number from `least` to `most`."""
     def number(text):
         if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at least {least} (and at most {most:,})")
         return int(text)
 
     return number

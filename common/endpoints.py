@@ -42,14 +42,15 @@ def real_recipe(config, epochs=None, lr=None, batch_size=None):
     return training.recipe_of(config | chosen, epochs or config["eval_epochs"])
 
 
-def endpoint(folder, name, ticket, split, order, recipe, seed=None, shared=0, overwrite=False):
+def endpoint(folder, name, ticket, split, order, recipe=None, seed=None, shared=0, overwrite=False):
     """A dict whose "state" is `ticket` trained on `split` in the data order number `order`.
 
     Kept in <folder>/<name>_order<order>.pt and taken from there when the file is of the same mask, initial state, data,
     recipe and seed; if it is not: UserError, or trained anew with `overwrite`. An interrupted training goes on from its
-    last save, at most half a minute back. `seed` defaults to the ticket's. The first `shared` epochs are the same for
+    last save, at most half a minute back. `recipe` and `seed` default to the ticket's. The first `shared` epochs are the same for
     all orders (Frankle et al. 2020): they are trained once, as order None, and kept in <name>_epoch<shared>.pt.
     """
+    recipe = recipe or real_recipe(ticket["config"])
     seed = ticket["config"]["seed"] if seed is None else seed
     last, ending = (shared, f"_epoch{shared}.pt") if order is None else (recipe.epochs, f"_order{order}.pt")
     path = Path(folder, f"{name}{ending}")

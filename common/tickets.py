@@ -76,8 +76,10 @@ def check_ticket(path, ticket, model=None, code=None):
     for part, expected in ("masks", masks), ("init", network.state_dict()):
         wrong = difference(kinds(ticket[part]), kinds(expected))
         if wrong:
-            whose = "the network at hand" if model is not None else f"its network {ticket['config']['model']}"
-            raise UserError(f"{path}: its {part} do not fit {whose}: {wrong} is {kinds(ticket[part]).get(wrong)}, "
+            misfit = "are of another network than the one at hand"
+            if model is None:
+                misfit = f"do not fit its network {ticket['config']['model']}"
+            raise UserError(f"{path}: its {part} {misfit}: {wrong} is {kinds(ticket[part]).get(wrong)}, "
                             f"wanted {kinds(expected).get(wrong)}")
     for name, _ in network.named_parameters():
         if not ticket["init"][name].isfinite().all():

@@ -83,7 +83,8 @@ def test_rewinding(what):
     network = build_network(CONFIG | {"width": 4, "norm": "batch"})
     init = {name: value.clone() for name, value in network.state_dict().items()}
     trained = {name: value + 1 for name, value in init.items()}
-    state = prune.rewound(trained, init, prunable(network), what)
+    network.load_state_dict(trained)
+    state = prune.rewound(network, init, prunable(network), what)
     for name, value in state.items():
         returned = what == "all" or name in prunable(network)
         assert torch.equal(value, init[name] if returned else trained[name]), name
@@ -273,15 +274,21 @@ def test_start_goes_on_from_a_mask_and_rewind_moves_the_initial_state(finished, 
 
 
 def test_start_takes_a_torch_prune_state_dict(tmp_path, run):
-    layers = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3),
-                                 torch.nn.Linear(4, 10))
-    for layer in layers:
+    nn = torch.nn
+    convolutions, linear = [nn.Conv2d(channels, 4, 3) for channels in (1, 4, 4)], nn.Linear(4, 10)
+    norms = [nn.GroupNorm(4, 4) for _ in convolutions]
+    layers = nn.Sequential(*[layer for pair in zip(convolutions, norms) for layer in pair], linear)
+    for layer in [*convolutions, linear]:
         torch_prune.random_unstructured(layer, "weight", amount=.5)
+    for norm in norms:
+        nn.init.normal_(norm.weight)
     torch.save(layers.state_dict(), tmp_path / "theirs.pt")
     run(*QUICK, "--start", "theirs.pt", "--rounds", 1, "--out", "masks")
     ours = load_ticket(tmp_path / "masks" / "r0.pt")
-    assert torch.equal(ours["masks"]["conv2.weight"], layers[1].weight_mask.bool())
-    assert torch.equal(ours["init"]["linear.weight"], layers[3].weight_orig)
+    assert torch.equal(ours["masks"]["conv2.weight"], convolutions[1].weight_mask.bool())
+    assert torch.equal(ours["init"]["linear.weight"], linear.weight_orig)
+    assert torch.equal(ours["init"]["norm2.weight"], norms[1].weight)
+    assert torch.equal(ours["init"]["conv3.bias"], convolutions[2].bias)
 
 
 def test_plot_and_compare(finished, tmp_path, run, capsys):
@@ -328,7 +335,9 @@ class Net(torch.nn.Sequential):
         self.register_buffer("barred", torch.full((2,), -torch.inf))
 """)
     prune.main(["--dataset", "digits", "--data", "real", "--model", "ownnet:Net", "--rounds", "1", "--epochs", "1"])
-    assert load_ticket("masks/r1.pt")["round"] == 1
+    assert load_ticket("masks/r1.pt", code="ownnet:Net")["round"] == 1
+    with pytest.raises(UserError, match="--model ownnet:Net"):  # a file alone makes no code run
+        load_ticket("masks/r1.pt")
 
 
 def test_mask_of_another_network(finished, run):

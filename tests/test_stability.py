@@ -169,7 +169,7 @@ def test_align_refuses_networks_whose_units_it_does_not_know():
 
 def trained(folder, ticket, order, **options):
     split = load_real(dict(ticket["config"]), folder)[0]
-    return endpoints.endpoint(folder, folder / "r3.pt", ticket, split, order, **options)
+    return endpoints.endpoint(folder, "r3", ticket, split, order, **options)
 
 
 def test_interrupted_training_ends_bit_identical(tmp_path, monkeypatch):
