@@ -203,6 +203,8 @@ def build_network(config, seed=0):
 def build_own(name, config):
     """The network of a user: `package.module:callable` called with `num_classes=`; lazy layers see one image."""
     module, _, attribute = name.partition(":")
+    if module.endswith(".py"):
+        raise UserError(f"model {name!r}: name the module, not its file: {module[:-3].replace('/', '.')}:{attribute}")
     if not attribute:
         raise UserError(f"unknown model {name!r}: convnet3, resnet10, resnet18 or package.module:callable")
     sys.path.insert(0, os.getcwd())

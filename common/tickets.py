@@ -141,7 +141,7 @@ def from_torch_prune(path, state, config):
     for name, mask in state.items():
         if name.endswith("_mask"):
             masks[masked_weight(path, name, names, masks)] = hard_mask(path, name, mask)
-    return make_ticket(0, masks, {name: init[name] for name in wanted}, dict(config), {})
+    return make_ticket(0, masks, {name: init[name] for name in wanted}, config | {"imported": Path(path).stem}, {})
 
 
 def matched_names(path, found, wanted, model):
@@ -216,6 +216,8 @@ def tensors_sha(*parts):
 
 def family(config):
     """How a mask was found, in the words of legends and tables."""
+    if config.get("imported"):
+        return f"imported {config['imported']}"
     names = {"distilled": f"synthetic, {config.get('ipc')} a class", "real": "IMP",
              "subset": f"real subset, {config.get('ipc')} a class", "random": "random masks"}
     rewound = f", rewound to epoch {config['rewind']}" if config.get("rewind") else ""
