@@ -17,6 +17,11 @@ As a library, for a network and a batch of one's own:
     diagonal.whole["conv1.weight"]           # second derivatives of the mean loss, in the shape of the weight
     diagonal.gauss_newton["conv1.weight"]    # their part that is never negative
 """
+if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while PyTorch is imported
+
 import math
 import operator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +35,8 @@ from torch import nn
 from torch.func import functional_call, grad, jvp
 from tqdm import tqdm
 
-from common import cli, files, graph, ranks, tickets, training
-from common.endpoints import endpoint, result_path, train_ahead
+from common import cli, files, graph, ranks, tickets
+from common.endpoints import check_apart, endpoint, real_recipe, result_names, train_ahead
 from common.errors import UserError
 from common.evaluation import mean_and_std
 from common.masks import apply_mask
@@ -643,14 +648,14 @@ def check_finite(what, tensors):
             raise UserError(f"{what} is {float(h[index])} at {name}{list(index)}")
 
 
-def analyse(path, ticket, train, settings, args):
+def analyse(path, name, ticket, train, settings, args):
     """The result of one ticket, from --out when it is there already, else computed and saved."""
-    file = result_path(args.out, path, ".pt")
+    file = result_file(args.out, name)
     if ranks.broadcast(file.exists()):
         earlier = files.load(file)
         if not files.difference(earlier.get("settings", {}), settings, ignored=("sparse",)):
             return earlier
-    model = trained_network(path, ticket, train, args)
+    model = trained_network(path, name, ticket, train, args)
     order = torch.randperm(len(train), generator=random_stream(settings["batch_seed"], "hessian batches"))
     measured = []
     for number, index in enumerate(order[:args.batch * args.batches].split(args.batch)):
@@ -671,9 +676,19 @@ def analyse(path, ticket, train, settings, args):
     return result
 
 
-def trained_network(path, ticket, train, args):
+def result_file(out, name):
+    return Path(out, f"{name}_hessian.pt")
+
+
+def recipe_of_ticket(args, ticket):
+    """The Recipe of a ticket's training on real data, as the flags say."""
+    return real_recipe(ticket["config"], args.epochs, args.lr, args.batch_size)
+
+
+def trained_network(path, name, ticket, train, args):
     """The ticket's endpoint of the first data order as a network in eval mode. Raises UserError."""
-    trained = endpoint(args.endpoints, path, ticket, train, 0, args.epochs, args.seed, overwrite=args.overwrite)
+    trained = endpoint(args.endpoints, name, ticket, train, 0, recipe_of_ticket(args, ticket), args.seed,
+                       overwrite=args.overwrite)
     model = build_network(ticket["config"]).to(train.labels.device)
     model.load_state_dict(trained["state"])
     apply_mask(model, ticket["masks"])
@@ -695,8 +710,11 @@ def over_batches(figures):
 #############################################
 
 
-def label_of(result):
-    return "dense" if result["sparsity"] == 0 else tickets.family(result["config"])
+def named(results):
+    """Results {path: result} with their "family": what differs between them, the seed apart, is in its name."""
+    names = tickets.family_names([result["config"] for result in results.values()])
+    return {path: result | {"family": name if result["sparsity"] else "dense"}
+            for (path, result), name in zip(results.items(), names)}
 
 
 def paper_figures(result):
@@ -705,7 +723,7 @@ def paper_figures(result):
     same = (config["model"], config["dataset"], config.get("norm") or "instance", config.get("width") or 128,
             config.get("train_images")) == ("convnet3", "cifar10", "instance", 128, None)
     level = min((0, 60, 90), key=lambda level: abs(level - percent))
-    return PAPER.get((label_of(result).split(",")[0], level)) if same and abs(level - percent) < 2 else None
+    return PAPER.get((result["family"].split(",")[0], level)) if same and abs(level - percent) < 2 else None
 
 
 def print_table(results):
@@ -715,7 +733,7 @@ def print_table(results):
         exact = result["settings"]["method"] == "exact"
         for scope, figures in result["scopes"].items():
             means, spreads, errors = ({name: f[i] for name, f in figures.items()} for i in range(3))
-            print_row(label_of(result), f"{result['sparsity']:.1%}", scope, cells(means))
+            print_row(result["family"], f"{result['sparsity']:.1%}", scope, cells(means))
             if not exact:
                 print_row("  error bar", "", "", cells({name: errors[name] for name in FIGURES[2:]}))
             if result["settings"]["batches"] > 1:
@@ -742,7 +760,7 @@ def table_rows(results):
     rows = []
     for path, result in results.items():
         for scope, figures in result["scopes"].items():
-            row = {"mask": path, "family": label_of(result), "sparsity": result["sparsity"],
+            row = {"mask": path, "family": result["family"], "sparsity": result["sparsity"],
                    "method": result["method"], "scope": scope, **result["settings"]}
             for name, (mean, spread, error) in figures.items():
                 row |= {name: mean, f"{name}_std": spread, f"{name}_error": error}
@@ -763,7 +781,7 @@ def draw_histograms(results, path):
         for result, h in zip(results, values):
             if round(100 * result["sparsity"]) in (0, level):
                 counts, edges = torch.histogram(h, 120, range=(low, high))
-                axes.stairs(counts, edges, label=f"{label_of(result)}, {result['sparsity']:.0%} sparse")
+                axes.stairs(counts, edges, label=f"{result['family']}, {result['sparsity']:.0%} sparse")
         axes.set_yscale("log")
         axes.set_xlabel("second derivative of the loss along a weight")
         axes.legend(fontsize=8)
@@ -802,7 +820,7 @@ def settings_of(args, ticket, train):
     config = ticket["config"]
     return {"mask_sha": tickets.fingerprint(ticket), "images": len(train),
             "seed": config["seed"] if args.seed is None else args.seed, "batch_seed": args.seed or 0,
-            **training.recipe_of(config, args.epochs or config["eval_epochs"])._asdict(),
+            "data_fingerprint": config.get("data_fingerprint"), **recipe_of_ticket(args, ticket)._asdict(),
             **{key: getattr(args, key) for key in ("batch", "batches", "method", "weights", "probes", "dtype")}}
 
 
@@ -830,11 +848,22 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     ticket_at, train, _ = tickets.load_tickets(args.mask, args, cli.start(args))
     check(args, ticket_at, train)
-    train_ahead(args.endpoints, ticket_at, train, 1, args.epochs, args.seed, overwrite=args.overwrite)
-    results = {path: analyse(path, ticket, train, settings_of(args, ticket, train), args)
+    names = result_names(ticket_at)
+    for name in names.values():
+        check_apart(result_file(args.out, name), ticket_at)
+    with files.owned(args.out):
+        experiment(args, ticket_at, names, train)
+
+
+def experiment(args, ticket_at, names, train):
+    """Analyse every ticket, print and draw what was found."""
+    train_ahead(args.endpoints, ticket_at, train, 1, partial(recipe_of_ticket, args), args.seed,
+                overwrite=args.overwrite)
+    results = {path: analyse(path, names[path], ticket, train, settings_of(args, ticket, train), args)
                for path, ticket in ticket_at.items()}
     if not ranks.is_first():
         return
+    results = named(results)
     print_table(results.values())
     files.save_csv(args.out / "hessian.csv", table_rows(results))
     if args.method == "exact":
