@@ -18,10 +18,11 @@ Kim et al. 2022, whose augmentation and distilled data the paper uses.
 The rooms, each using only those above it:
 
     errors, interrupts, ranks, files, streams  ground: mistakes, signals, processes, atomic files, random numbers
-    networks, masks, augment, data    ConvNet3 and ResNets; mask algebra; DSA and CutMix; splits of real data
+    networks, masks                   ConvNet3 and ResNets; mask algebra
+    kernels/                          the Python side of csrc/: the ops, and faster views of a network
+    augment, data                     DSA and CutMix; splits of real data
     graph                             any network as the operations of its forward pass
     distilled                         distilled sets of every published format
-    kernels/                          the Python side of csrc/: faster views of a network, and their ops
     training, evaluation              SGD under a mask; losses of networks and of points
     matching, planes                  weight space: a network's units relabelled; planes through networks
     tickets, endpoints                mask files; the networks trained from them

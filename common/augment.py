@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .kernels import ops
+
 #############################################
 #     Differentiable siamese augmentation   #
 #############################################
@@ -41,7 +43,14 @@ def draw_dsa(generator, count=1, flip=True, geometries=TRAINING, cutout=False):
 
 
 def dsa(images, draw):
-    """Apply `draw` to normalised images [N, C, H, W], differentiably."""
+    """Apply `draw` to normalised images [N, C, H, W], differentiably; by the op of that name where nobody differentiates.
+
+    Op: dsa(images, colour [N, 3], transform [N, 6]), float32 on a CPU, at most 4 channels.
+    """
+    plain = images.dtype == torch.float32 and images.shape[1] <= 4 and draw.box is None and not images.requires_grad
+    if plain and images.device.type == "cpu" and ops.runs_on("cpu"):
+        colour = torch.stack(draw[1:4], 1).expand(len(images), 3)
+        return torch.ops.lottery.dsa(images, colour, pixel_transform(draw, *images.shape[2:]).expand(len(images), 6))
     draw = Draw(*(part.to(images.device) if torch.is_tensor(part) else part for part in draw))
     images = recolour(images, draw)
     if draw.geometry == "crop":
@@ -49,6 +58,38 @@ def dsa(images, draw):
     else:
         images = warp(images, draw)
     return images if draw.box is None else cut_out(images, draw.box)
+
+
+def pixel_transform(draw, height, width):
+    """[N, 6]: pixel (i, j) of the result is the image at column a j + b i + c, row d j + e i + f."""
+    one, zero = torch.ones_like(draw.x), torch.zeros_like(draw.x)
+    if draw.geometry == "crop":
+        top, left = offsets(draw, height)
+        a, b, d, e = one, zero, zero, one
+        c, f = left.float(), top.float()
+    else:
+        (a, b), (d, e) = linear_map(draw)
+        middle_row, middle_column = (height - 1) / 2, (width - 1) / 2
+        b, d = b * width / height, d * height / width
+        c = middle_column - a * middle_column - b * middle_row
+        f = middle_row - d * middle_column - e * middle_row
+    a, b, c = (torch.where(draw.flip, flipped, own) for flipped, own in ((-a, a), (-b, b), (width - 1 - c, c)))
+    return torch.stack([a, b, c, d, e, f], 1)
+
+
+def offsets(draw, size):
+    """(rows, columns) [N] by which crop moves images: -pad ... pad, all equally likely."""
+    pad = int(CROP * size + .5)
+    return [((place + 1) / 2 * (2 * pad + 1)).long().clamp(max=2 * pad) - pad for place in (draw.y, draw.x)]
+
+
+def linear_map(draw):
+    """((a, b), (d, e)) [N] of scale and rotate: about the centre, (x, y) is read at (a x + b y, d x + e y)."""
+    if draw.geometry == "scale":
+        sx, sy = ((place + 1) / 2 * (SCALE - 1 / SCALE) + 1 / SCALE for place in (draw.x, draw.y))
+        return (sx, torch.zeros_like(sx)), (torch.zeros_like(sx), sy)
+    sine, cosine = torch.sin(ANGLE * draw.x), torch.cos(ANGLE * draw.x)
+    return (cosine, -sine), (sine, cosine)
 
 
 def recolour(images, draw):
@@ -67,7 +108,7 @@ def shift(images, draw):
     height, width = images.shape[2:]
     images = torch.where(draw.flip[:, None, None, None], images.flip(3), images)
     pad = int(CROP * height + .5)
-    top, left = (((place + 1) / 2 * (2 * pad + 1)).long().clamp(max=2 * pad) for place in (draw.y, draw.x))
+    top, left = (offset + pad for offset in offsets(draw, height))
     images = F.pad(images, [pad] * 4)
     if len(top) == 1:  # a view, whose gradient costs nothing
         return images[:, :, top[0]:top[0] + height, left[0]:left[0] + width]
@@ -78,13 +119,8 @@ def shift(images, draw):
 def warp(images, draw):
     """Flip and scale or rotate every image about its centre, bilinearly."""
     transform = images.new_zeros(len(draw.x), 2, 3)
-    if draw.geometry == "scale":
-        transform[:, 0, 0], transform[:, 1, 1] = ((place + 1) / 2 * (SCALE - 1 / SCALE) + 1 / SCALE
-                                                  for place in (draw.x, draw.y))
-    else:
-        sine, cosine = torch.sin(ANGLE * draw.x), torch.cos(ANGLE * draw.x)
-        transform[:, 0, 0], transform[:, 0, 1] = cosine, -sine
-        transform[:, 1, 0], transform[:, 1, 1] = sine, cosine
+    for row, values in enumerate(linear_map(draw)):
+        transform[:, row, 0], transform[:, row, 1] = values
     # A flipped image read at x is the image read at -x.
     transform[:, 0] = torch.where(draw.flip[:, None], -transform[:, 0], transform[:, 0])
     grid = F.affine_grid(transform.expand(len(images), 2, 3), images.shape, align_corners=False)

@@ -50,6 +50,7 @@ TORCH_LIBRARY(lottery, m) {
       "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor mean, "
       "Tensor variance, bool relu, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("bias_relu_(Tensor(a!) x, Tensor bias, Tensor? shortcut) -> ()");
+  m.def("dsa(Tensor images, Tensor colour, Tensor transform) -> Tensor");
 
   using lottery::sparse::SparseConv;
   m.class_<SparseConv>("SparseConv")
@@ -87,6 +88,7 @@ TORCH_LIBRARY_IMPL(lottery, CPU, m) {
   m.impl("batch_norm_relu", &lottery::batch_norm_relu);
   m.impl("batch_norm_relu_backward", &lottery::batch_norm_relu_backward);
   m.impl("bias_relu_", &lottery::bias_relu_);
+  m.impl("dsa", &lottery::dsa);
   m.impl("sparse_blocked", &lottery::sparse::blocked);
   m.impl("sparse_unblocked", &lottery::sparse::unblocked);
   m.impl("sparse_conv_forward", &lottery::sparse::conv_forward);

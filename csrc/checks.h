@@ -286,4 +286,14 @@ inline void check_bias_relu(const Tensor& x, const Tensor& bias, const OptionalT
                 shortcut->scalar_type(), " ", shortcut->sizes(), " on ", shortcut->device());
 }
 
+inline void check_dsa(const Tensor& images, const Tensor& colour, const Tensor& transform) {
+  TORCH_CHECK(images.dim() == 4 && images.size(1) >= 1 && images.size(1) <= 4 && images.scalar_type() == at::kFloat,
+              "dsa: images float32 [N, 1 to 4 channels, H, W] wanted, got ", images.scalar_type(), " ", images.sizes());
+  for (const auto& [part, name, columns] : {std::tuple{&colour, "colour", 3}, std::tuple{&transform, "transform", 6}})
+    TORCH_CHECK(part->dim() == 2 && part->size(0) == images.size(0) && part->size(1) == columns &&
+                    part->scalar_type() == at::kFloat && part->device() == images.device(),
+                "dsa: ", name, " float32 [", images.size(0), ", ", columns, "] wanted, got ", part->scalar_type(), " ",
+                part->sizes());
+}
+
 }  // namespace lottery

@@ -78,10 +78,15 @@ def one_image(x, d, i):
     return F.grid_sample(image[None], grid, align_corners=False)[0]
 
 
+@pytest.mark.parametrize("differentiated", [False, True])  # by the compiled op, and by PyTorch
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("geometry", ["crop", "scale", "rotate"])
-def test_every_image_has_its_own_draw(geometry):
+def test_every_image_has_its_own_draw(geometry, channels, differentiated):
     generator = random_stream(3)
-    x, d = torch.randn(16, 3, 20, 20), draw_dsa(generator, 16, geometries=(geometry,))
+    x = torch.randn(16, channels, 20, 20, requires_grad=differentiated)
+    d = draw_dsa(generator, 16, geometries=(geometry,))
+    if channels == 1:
+        d = d._replace(saturation=torch.ones(16))
     wanted = torch.stack([one_image(x, d, i) for i in range(16)])
     torch.testing.assert_close(dsa(x, d).double(), wanted, rtol=0, atol=1e-4)
     assert len(set(d.x.tolist())) == 16 and 0 < d.flip.sum() < 16

@@ -190,7 +190,7 @@ def test_script_writes_and_reuses_its_results(script, refused, tmp_path):
     out = tmp_path / "runs" / "hessian"
     rows = list(csv.DictReader(open(out / "hessian.csv")))
     assert [row["scope"] for row in rows] == ["all", "surviving"] and (out / "hessian.png").exists()
-    saved = files.load(out / "digits" / "dense.pt")
+    saved = files.load(out / "digits" / "dense_hessian.pt")
     h = torch.cat([saved["diagonal"][name].flatten() for name in saved["masks"]])
     assert float(rows[0]["mean"]) == pytest.approx(float(h.mean()), rel=1e-9)
     endpoint = tmp_path / "runs" / "stability" / "digits" / "dense_order0.pt"

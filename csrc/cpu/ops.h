@@ -36,6 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor
                                                                     const Tensor& bias, const Tensor& mean,
                                                                     const Tensor& variance, bool relu, double eps);
 void bias_relu_(Tensor x, const Tensor& bias, const OptionalTensor& shortcut);
+Tensor dsa(const Tensor& images, const Tensor& colour, const Tensor& transform);
 
 constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
 
