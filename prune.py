@@ -239,7 +239,7 @@ def row_of(ticket, seconds):
 def read_seconds(out):
     """{round: seconds} of an earlier run in `out`. Only results.csv holds times: tickets are reproducible."""
     path = out / "results.csv"
-    rows = files.read_csv(path) if path.exists() else []
+    rows = files.read_csv(path, ("round", "sparsity")) if path.exists() else []
     return {int(row["round"]): row["seconds"] for row in rows if "seconds" in row}
 
 
@@ -270,7 +270,7 @@ def other_run(out, config):
     path = out / "config.json"
     if not path.exists():
         return "without a config.json" if round_files(out) else ""
-    earlier = files.load(path)
+    earlier = files.read_settings(path)
     key = files.difference(earlier, config, MAY_CHANGE)
     return f"{key} {earlier.get(key)} -> {config.get(key)}" if key else ""
 
@@ -295,7 +295,7 @@ def draw_runs(folders, path):
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    runs = [[files.read_csv(seed / "results.csv") for seed in run_folders(folder)] for folder in folders]
+    runs = [[read_results(seed) for seed in run_folders(folder)] for folder in folders]
     rows = [row for run in runs for table in run for row in table]
     tested = any("test_accuracy" in row for row in rows)
     names = family_names([config_of_run(folder) for folder in folders])
@@ -316,9 +316,14 @@ def draw_runs(folders, path):
     files.save(path, figure)
 
 
+def read_results(folder):
+    """The rows of a run's results.csv. Raises UserError."""
+    return files.read_csv(folder / "results.csv", ("round", "sparsity", "training_points"))
+
+
 def config_of_run(folder):
     """The config of a run; of its first seed. Raises UserError when its seeds differ in more than the seed."""
-    configs = [files.load(seed / "config.json") for seed in run_folders(folder)]
+    configs = [files.read_settings(seed / "config.json") for seed in run_folders(folder)]
     if len(set(family_names(configs))) > 1:
         raise UserError(f"{folder} holds different runs: {' and '.join(sorted(set(family_names(configs))))}; only seeds "
                         "are averaged")

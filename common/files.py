@@ -81,13 +81,25 @@ def load(path, device="cpu"):
         raise UserError(f"{path}: damaged, or not a {path.suffix or '.pt'} file of plain tensors ({reason})") from None
 
 
-def read_csv(path):
-    """Rows of a results file, numbers as floats, empty cells left out."""
+def read_csv(path, needed):
+    """Rows of a table of numbers as floats, empty cells left out. UserError when a row lacks one of the columns `needed`."""
     try:
         with open(path, newline="") as file:
-            return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError) as error:
+            rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{path}: not a table of numbers ({error})") from error
+    for column in needed:
+        if not rows or any(column not in row for row in rows):
+            raise UserError(f"{path}: no column {column} in {len(rows)} rows; wanted {', '.join(needed)}")
+    return rows
+
+
+def read_settings(path):
+    """The JSON object in a file. Raises UserError."""
+    settings = load(path)
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: a {type(settings).__name__}, wanted a JSON object of settings")
+    return settings
 
 
 #############################################

@@ -3,6 +3,7 @@ import importlib
 import math
 import os
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -194,10 +195,24 @@ def build_network(config, seed=0):
     with global_generators_kept():
         seed_everything(seed)
         if name == "convnet3":
-            return ConvNet3(*shape, **options)
-        if name in blocks:
-            return ResNet(blocks[name], *shape, **{"width": 64 if config["image_size"] > 64 else 32} | options)
-        return build_own(name, config)
+            make = partial(ConvNet3, *shape, **options)
+        elif name in blocks:
+            width = 64 if config["image_size"] > 64 else 32
+            make = partial(ResNet, blocks[name], *shape, **{"width": width} | options)
+        else:
+            return build_own(name, config)
+        with torch.device("meta"):
+            check_size(make())
+        return make()
+
+
+def check_size(model):
+    """Raises UserError when weights, a copy of them, gradients and momenta would not fit into this machine's memory."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * 4 * weights > memory:
+        raise UserError(f"a network of {weights:,} weights needs {16 * weights >> 30} GiB to be trained, this machine has "
+                        f"{memory >> 30}; take a smaller --width")
 
 
 def build_own(name, config):
