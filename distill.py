@@ -170,8 +170,13 @@ def embedding_and_classifier(network):
 
 
 def train_network(network, split, config, stream, epochs=1, momenta=None):
-    """Train on `split` at the constant learning rate that a schedule three times as long begins with; the momenta."""
+    """Train on `split` at the constant learning rate that a schedule three times as long begins with; the momenta.
+
+    idc trains its networks under colour and crop alone (Kim et al.'s code).
+    """
     recipe = recipe_of(config, 3 * epochs)
+    if config["method"] == "idc" and recipe.augment == "dsa":
+        recipe = recipe._replace(augment="crop")
     return train(network, split, recipe, stream, until=epochs, training=Training(momenta=momenta)).momenta
 
 
@@ -211,6 +216,13 @@ def embedding_distance(network, real, synthetic, label, cross_entropy=0.):
     return distance
 
 
+def matching_draw(config, stream):
+    """One draw for the two batches of a class: DSA, or for idc colour, crop and cutout (Kim et al.'s code)."""
+    if config["method"] == "idc":
+        return draw_dsa(stream, flip=False, geometries=("crop",), cutout=True)
+    return draw_dsa(stream, flip=config["flip"])
+
+
 def match(network, images, real, members, config, stream):
     """Add the gradient of the matching loss to images.grad, class by class, and return the mean loss of a class.
 
@@ -222,7 +234,7 @@ def match(network, images, real, members, config, stream):
     for label, own in enumerate(members):
         chosen = own[torch.randint(len(own), (config["real_images"],), generator=stream)]
         shuffled = torch.randperm(len(images[label]) * config["factor"] ** 2, generator=stream)
-        draw = draw_dsa(stream, config["flip"])
+        draw = matching_draw(config, stream)
         if label % group.size != group.rank:
             continue
         batch, _ = real.batch(chosen)
@@ -436,6 +448,8 @@ def measure_flags(parser):
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--evaluate", type=Path, metavar="PATH", help="only measure this set: any format prune.py --distilled reads")
     flag("--repeats", type=at_least(0), default=2, help="networks trained from scratch on the set; 0: none (2)")
+    flag("--hold-out", type=positive, metavar="N",
+         help="set N training images aside and score on these, not on the test set: for tuning (none)")
     flag("--epochs", type=positive, help="of their training (1000; on a CPU what sees 60,000 images, at most 1000)")
     flag("--eval-width", type=cli.width, help="their channels in the first layer (full)")
 
@@ -451,6 +465,14 @@ def settings(args, image_size):
     return config | augmentation | {"factor": factor}
 
 
+def set_aside(real, count):
+    """(the rest, `count` random images) of the training images: what is tuned is not scored on the test set."""
+    if count >= len(real):
+        raise UserError(f"--hold-out {count}: there are {len(real)} training images")
+    order = torch.randperm(len(real), generator=random_stream(0, "hold out"))
+    return real.subset(order[count:].sort()[0]), real.subset(order[:count])
+
+
 def main():
     args = parsed_arguments()
     if args.evaluate and not args.repeats:
@@ -459,6 +481,8 @@ def main():
     args.method = args.method or ("idc" if device.type == "cuda" else "dm")
     config = {"dataset": args.dataset, "ipc": args.ipc, "method": args.method, "seed": args.seed}
     real, test = load_real(config, args.data_dir, device)
+    if args.hold_out:
+        real, test = set_aside(real, args.hold_out)
     config |= settings(args, config["image_size"])
     if args.evaluate:
         measure(args.evaluate, real, test, config, args)

@@ -569,9 +569,19 @@ def fill_in_epochs(config, preset, distilled, real):
     for key, kind in (("epochs", config["data"]), ("eval_epochs", "real")):
         if config[key] is None:
             quick = math.ceil(QUICK_IMAGES[kind] / images[kind])
-            config[key] = PAPER_EPOCHS[kind] if preset == "paper" else quick
+            config[key] = paper_epochs(config, kind, images[kind]) if preset == "paper" else quick
     if config["rewind"] > config["eval_epochs"]:
         raise UserError(f"--rewind {config['rewind']}: real training has only {config['eval_epochs']} epochs")
+
+
+def paper_epochs(config, data, images):
+    """The paper's epochs on `images` of a kind; few ImageNet images a class are seen more often (Kim et al.'s code)."""
+    if config["image_size"] <= 64 or PAPER_EPOCHS[data] != 1000:
+        return PAPER_EPOCHS[data]
+    for most, epochs in ((1, 3000), (10, 2000), (50, 1500), (200, 1000), (500, 500)):
+        if images <= most * config["num_classes"]:
+            return epochs
+    return 300
 
 
 def pruning_data(config, distilled, real):

@@ -2,6 +2,7 @@
 
     python bench/campaign.py kill --count 50       kill -9 at random moments over the five scripts
     python bench/campaign.py kill --ranks 2        the same under torchrun: of one rank, or of the whole group
+    python bench/campaign.py kill --signal TERM --only prune --count 30    SIGTERM (or INT, or KILL) within rounds
     python bench/campaign.py disk --count 10       a file system that is full at random moments (needs to mount a tmpfs)
     python bench/campaign.py input                 malformed files and flags, one after the other in one process
 
@@ -13,6 +14,7 @@ import copy
 import functools
 import importlib
 import io
+import math
 import os
 import random
 import resource
@@ -33,7 +35,7 @@ from common import cli, files  # noqa: E402
 
 MASK = ["--mask", "masks/r3.pt", "--epochs", "20"]
 ENDPOINTS = ["--endpoints", "runs", "--out", "runs"]
-PRUNE = ["prune.py", "--dataset", "digits", "--data", "real", "--width", "8", "--epochs", "10", "--eval-epochs", "10",
+PRUNE = ["prune.py", "--dataset", "digits", "--data", "real", "--width", "8", "--epochs", "30", "--eval-epochs", "10",
          "--train-images", "400", "--rounds", "5", "--evaluate", "--seeds", "0", "1", "--out"]
 COMMANDS = {  # with what they write that must be the same bytes whatever happened before
     "prune": (PRUNE + ["runs"], "seed*/r*.pt"),
@@ -57,6 +59,16 @@ def start(name, folder, ranks=1):
     launch = [*TORCHRUN, str(ranks)] if ranks > 1 else []
     return subprocess.Popen([sys.executable, *launch, str(ROOT / script), *flags], cwd=folder, env=ENVIRONMENT,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ask_to_stop(process, number):
+    """Send SIGTERM or SIGINT; a complaint unless the process ends in its own words, with the signal's exit code."""
+    process.send_signal(number)
+    _, errors = process.communicate()
+    quiet = process.returncode == -number and not errors.strip()  # it had not begun
+    if quiet or process.returncode in (0, 128 + number) and "Traceback" not in errors:
+        return ""
+    return f"exit code {process.returncode}: {errors[-200:]}"
 
 
 def strike(process, draw):
@@ -102,12 +114,12 @@ def contents(name, folder):
 
 def stamps(folder):
     """{finished round: when it was written}; a round is written once when found and once more when evaluated."""
-    rounds = folder.glob("runs/seed*/r*.pt")
+    rounds = [path for path in folder.glob("runs/seed*/r*.pt") if path.stem[1:].isdigit()]  # not those in training
     return {path: path.stat().st_mtime_ns for path in rounds if "test_accuracy" in files.load(path)["results"]}
 
 
-def kill(name, workshop, count, ranks=1, seed=0):
-    """Kill the command `count` times at random moments, going on each time; a list of what went wrong."""
+def kill(name, workshop, count, ranks=1, number=signal.SIGKILL, seed=0):
+    """End the command `count` times at random moments, going on each time; a list of what went wrong."""
     expected, seconds = undisturbed(name, workshop, ranks)
     folder = fresh(workshop, f"{name}_killed")
     draw = random.Random(f"{name} {seed}")
@@ -118,8 +130,13 @@ def kill(name, workshop, count, ranks=1, seed=0):
         try:
             process.communicate(timeout=draw.uniform(.3 * seconds, seconds))
         except subprocess.TimeoutExpired:
-            strike(process, draw)
             kills += 1
+            if number == signal.SIGKILL:
+                strike(process, draw)
+            else:
+                complaint = ask_to_stop(process, number)
+                if complaint:
+                    wrong.append(f"{name}, signal {kills}: {complaint}")
             now = stamps(folder)
             lost = [str(path.relative_to(folder)) for path in before if now.get(path) != before[path]]
             if lost:
@@ -427,6 +444,8 @@ def main():
     parser.add_argument("what", choices=("kill", "disk", "input"))
     parser.add_argument("--count", type=int, default=50, help="kills or full disks in all (50)")
     parser.add_argument("--ranks", type=int, default=1, help="processes, under torchrun when several; for kill (1)")
+    parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL", help="for kill (KILL)")
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="these scripts (all)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -437,8 +456,11 @@ def main():
             print(f"{cases} malformed inputs, {len(wrong)} not refused as they should; peak memory {peak:.2f} GiB")
             print(*wrong, sep="\n")
         else:
-            test = functools.partial(kill, ranks=args.ranks) if args.what == "kill" else disk
-            wrong = [line for name in COMMANDS for line in test(name, folder, -(-args.count // len(COMMANDS)))]
+            number = getattr(signal, f"SIG{args.signal}")
+            test = functools.partial(kill, ranks=args.ranks, number=number) if args.what == "kill" else disk
+            wrong = []
+            for name in args.only:
+                wrong += test(name, folder, math.ceil(args.count / len(args.only)))
     sys.exit(bool(wrong))
 
 

@@ -211,6 +211,8 @@ def augmented(split, index, recipe, generator):
     images, labels = split.batch(index)
     if recipe.augment == "dsa":
         images = dsa(images, draw_dsa(generator, len(images), recipe.flip))
+    elif recipe.augment == "crop":
+        images = dsa(images, draw_dsa(generator, len(images), flip=False, geometries=("crop",)))
     elif recipe.augment == "imagenet":
         images = imagenet_augment(images, generator, split.mean, split.std)
     pasted, kept = labels, 1.
