@@ -20,7 +20,7 @@ The rooms, each using only those above it:
     errors, interrupts, ranks, files, streams  ground: mistakes, signals, processes, atomic files, random numbers
     networks, masks                   ConvNet3 and ResNets; mask algebra
     kernels/                          the Python side of csrc/: the ops, and faster views of a network
-    augment, data                     DSA and CutMix; splits of real data
+    augment, arrays, pictures, data   DSA and CutMix; what users' arrays and pictures mean; splits of real data
     graph                             any network as the operations of its forward pass
     distilled                         distilled sets of every published format
     training, evaluation              SGD under a mask; losses of networks and of points

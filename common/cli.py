@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from . import interrupts, ranks
-from .errors import UserError
+from .errors import UserError, plain
 from .kernels import ops, views
 
 #############################################
@@ -46,8 +46,7 @@ def run(main):
 
 def fail(error):
     """End with one line on stderr, in which no control code of a file's name reaches the terminal, and exit code 2."""
-    line = " ".join(str(error).split())
-    ranks.print_once("error: " + "".join(c if c.isprintable() else "?" for c in line))
+    ranks.print_once(f"error: {plain(error)}")
     sys.exit(2)
 
 

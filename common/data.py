@@ -1,19 +1,22 @@
 """Real data as splits in memory: known datasets, .npz files, class folders, torchvision's downloads."""
+import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
 
 from . import ranks
-from .errors import UserError
-from .files import load
+from .arrays import (IMAGENET10, IMAGES, LABELS, as_bytes, channels_first, class_numbers, described, find_member,
+                     headers, read_member, sides)
+from .errors import UserError, listed, note
+from .pictures import inside, read_folders, visible
 from .streams import random_stream
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
+LARGEST = 1024  # side in pixels that pictures are read in
 
 #############################################
 #                  Splits                   #
@@ -22,12 +25,16 @@ EMBEDDED = Path(__file__).resolve().parent / "embedded"
 
 @dataclass(frozen=True)
 class Split:
-    """Images [N, C, H, W] (uint8, or float that is already normalised) and labels [N] on one device."""
+    """Images [N, C, H, W] (uint8, or float that is already normalised) and labels [N] on one device.
+
+    Labels of some distilled sets are soft: float [N, classes]. `fingerprint` is that of all data the split is from.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     mean: tuple = ()
     std: tuple = ()
+    fingerprint: str = ""
 
     def __len__(self):
         return len(self.labels)
@@ -43,6 +50,11 @@ class Split:
 
     def subset(self, index):
         return replace(self, images=self.images[index], labels=self.labels[index])
+
+
+def hardened(labels):
+    """The classes [N] of labels: of soft ones [N, classes], the likeliest."""
+    return labels if labels.ndim == 1 else labels.argmax(1)
 
 
 def fixed_subset(split, count, purpose):
@@ -88,43 +100,165 @@ DATASETS = {
     "imagenet10": Dataset(3, 224, 10, (.485, .456, .406), (.229, .224, .225), 13_000),
     "digits": Dataset(1, 8, 10, (.3063,), (.3769,), 1_437, flip=False),
 }
-IMAGENET10 = ("n02869837 n01749939 n02488291 n02107142 n13037406 "
-              "n02091831 n04517823 n04589890 n03062245 n01773797").split()
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
-
 
 def load_real(config, data_dir, device="cpu"):
-    """(train, test) splits of config["dataset"]; fills in the config's channels, image_size, num_classes, flip.
+    """(train, test) splits of config["dataset"]: a name, or the path of a folder or an .npz file.
 
-    Looked for in order: <data_dir>/<dataset>/{train,test}.npz (images uint8 NHWC, labels), class folders
-    <dataset>/{train,val or test}/<class>/*, torchvision's download. A dataset may also be a path.
-    config["train_images"] keeps a fixed random subset of the training images. Raises UserError.
+    A name is looked for in data_dir, then among the embedded datasets, then downloaded. Fills in the config's dataset
+    (now its name), channels, image_size, num_classes, flip and data_fingerprint. A config that has a fingerprint
+    already, as that of a ticket, gets the data it is of or none. config["train_images"] keeps a fixed random subset of
+    the training images. Prints what there is. Raises UserError.
     """
-    name = config["dataset"]
+    name = dataset_name(config["dataset"])
     known = DATASETS.get(name)
-    size = config.get("image_size") or (known.image_size if known else 224)
-    places = [Path(data_dir) / name, EMBEDDED / name] if known else [Path(name)]
-    place = next((p for p in places if (p / "train.npz").exists() or (p / "train").is_dir()), None)
-    if place:
-        arrays = read_dataset(place, size, IMAGENET10 if name == "imagenet10" else None)
-    elif known:
-        arrays = download(name, Path(data_dir))
-    else:
-        raise UserError(f"unknown dataset {name!r}: not one of {', '.join(DATASETS)}, and no folder holding "
-                        "{train,test}.npz or {train,val}/<class>/ images; --dataset digits needs no download")
-    images, labels = map(torch.from_numpy, arrays[0])
-    found = images.shape[1], images.shape[2], int(max(y.max() for _, y in arrays)) + 1
+    size = config.get("image_size") or (known.image_size if known else None)
+    if size and size > LARGEST:
+        raise UserError(f"--image-size {size}: at most {LARGEST} pixels")
+    place, parts, notes, sha = find_data(config, Path(data_dir), size)
+    classes = check_parts(place, parts, size)
+    images = parts[0][0]
+    found = images.shape[1], images.shape[2], classes
     if known and found != (known.channels, size, known.num_classes):
-        raise UserError(f"{place}: images of {found[0]} x {found[1]} x {found[1]} in {found[2]} classes, but {name} "
-                        f"has {known.channels} x {size} x {size} in {known.num_classes}")
-    if not known:  # statistics of the training images themselves
-        pixels = images[:10_000].double() / 255
-        std = pixels.std((0, 2, 3)).clamp(min=1e-3)
-        known = Dataset(*found, tuple(pixels.mean((0, 2, 3)).tolist()), tuple(std.tolist()))
-    config.update(channels=found[0], image_size=found[1], num_classes=found[2], flip=known.flip)
-    train, test = (Split(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), known.mean, known.std)
-                   for x, y in arrays)
+        raise UserError(f"{place}: images of {sides(images.shape[1:])} in {classes} classes, but {name} has "
+                        f"{known.channels} x {size} x {size} in {known.num_classes}; other data needs another name")
+    known = known or Dataset(*found, *statistics(images[:10_000]))
+    config.update(dataset=name, channels=found[0], image_size=found[1], num_classes=classes, flip=known.flip,
+                  data_fingerprint=sha)
+    note(*notes, *absent(place, parts[1][1], classes))
+    for part, (x, y) in zip(("train", "test"), parts):
+        print(f"{part}: {counted(x.shape, y, classes)}")
+    train, test = (Split(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), known.mean, known.std, sha)
+                   for x, y in parts)
     return fixed_subset(train, config.get("train_images"), "subset"), test
+
+
+def dataset_name(text):
+    """The name of a dataset that is given by name or path: where it lies is no part of what it is."""
+    return text if text in DATASETS else Path(os.path.abspath(text)).name
+
+
+def data_fingerprint(*arrays):
+    """16 hexadecimal digits of the SHA-256 over arrays of images and labels: types, shapes and all values."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
+
+
+def statistics(images):
+    """(mean, deviation) of every channel of uint8 images [N, C, H, W], in [0, 1]; exact sums, whatever the threads."""
+    values = np.arange(256) / 255
+    means, deviations = [], []
+    for channel in range(images.shape[1]):
+        counts = np.bincount(images[:, channel].reshape(-1), minlength=256)
+        mean = counts @ values / counts.sum()
+        means.append(float(mean))
+        deviations.append(max(1e-3, float(np.sqrt(counts @ (values - mean) ** 2 / (counts.sum() - 1)))))
+    return tuple(means), tuple(deviations)
+
+
+def check_parts(place, parts, size=None):
+    """The number of classes of [(images, labels)] of training and test set. Raises UserError for what does not fit."""
+    (images, labels), (test_images, test_labels) = parts
+    if images.shape[1:] != test_images.shape[1:]:
+        raise UserError(f"{place}: training images are {sides(images.shape[1:])}, test images "
+                        f"{sides(test_images.shape[1:])}")
+    if size and images.shape[2] != size:
+        raise UserError(f"{place}: images are {sides(images.shape[1:])}, wanted {size} x {size} pixels; only pictures "
+                        "in class folders are resized")
+    classes = int(labels.max()) + 1
+    lowest = min(labels.min(), test_labels.min())
+    if lowest < 0 or classes > len(labels):
+        raise UserError(f"{place}: labels from {lowest} to {classes - 1} for {len(labels)} images; classes count from 0")
+    empty = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+    if len(empty):
+        raise UserError(f"{place}: no training image of class {listed(empty)}, but of {classes - 1}; classes count from 0")
+    if test_labels.max() >= classes:
+        raise UserError(f"{place}: test labels reach {test_labels.max()}, training labels only {classes - 1}")
+    return classes
+
+
+def absent(place, labels, classes):
+    """A note about the classes without a test image, if there are some."""
+    missing_ones = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+    return [f"{place}: no test image of class {listed(missing_ones)}"] if len(missing_ones) else []
+
+
+def counted(shape, labels, classes):
+    """Images [N, C, H, W] and how many there are of every class, in words."""
+    counts = np.bincount(labels, minlength=classes)
+    each = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
+    return f"{len(labels):,} images of {sides(shape[1:])} in {classes} classes, {each} each"
+
+
+#############################################
+#              Where data lies              #
+#############################################
+
+WANTED = "train.npz and test.npz, or train/<class>/ and val/<class>/ with pictures"
+
+
+def find_data(config, data_dir, size):
+    """(place, parts, notes, fingerprint) of the dataset that a config names, and whose fingerprint it may hold."""
+    text, wanted = config["dataset"], config.get("data_fingerprint")
+    place = find_place(text, data_dir)
+    if not place and text not in DATASETS and wanted:
+        return find_renamed(text, data_dir, size, wanted)
+    if not place and text not in DATASETS:
+        raise UserError(missing(text, data_dir))
+    if place:
+        parts, notes = read_dataset(place, size, dataset_name(text))
+    else:
+        place, parts, notes = data_dir / text, download(text, data_dir), []
+    sha = data_fingerprint(*parts[0], *parts[1])
+    if wanted and sha != wanted:
+        raise UserError(f"{place} holds other data (fingerprint {sha}) than was used before ({wanted}); --dataset or "
+                        "--data-dir says where that is")
+    return place, parts, notes, sha
+
+
+def find_place(text, data_dir):
+    """Where the data lies that a name or path means; None when it is nowhere."""
+    name = dataset_name(text)
+    places = [Path(text)]
+    if text in DATASETS:
+        places = [data_dir / name, data_dir / f"{name}.npz", EMBEDDED / name]
+    elif text == name:
+        places.append(data_dir / name)
+    for place in places:
+        if is_dataset(place):
+            return place
+    return None
+
+
+def is_dataset(place):
+    """Whether a path is an .npz file, or a folder that holds a training set; os.path finds no fault with any path."""
+    single = place.suffix.lower() == ".npz" and os.path.isfile(place)
+    return single or os.path.isfile(place / "train.npz") or os.path.isdir(place / "train")
+
+
+def find_renamed(text, data_dir, size, wanted):
+    """find_data for a dataset that has another name now: what in data_dir has its fingerprint. Raises UserError."""
+    places = visible(data_dir) if data_dir.is_dir() else []
+    for place in filter(is_dataset, places):
+        try:
+            parts, notes = read_dataset(place, size)
+        except UserError:  # whatever else lies there
+            continue
+        if data_fingerprint(*parts[0], *parts[1]) == wanted:
+            return place, parts, notes, wanted
+    raise UserError(missing(text, data_dir))
+
+
+def missing(text, data_dir):
+    """Why there is no dataset where a name or path points to."""
+    if os.path.isdir(text):
+        return f"{text}: no dataset (it holds {inside(Path(text))}); wanted {WANTED}"
+    if os.path.exists(text):
+        return f"{text}: no dataset; wanted an .npz file, or a folder with {WANTED}"
+    return (f"unknown dataset {text[:200]!r}: not one of {', '.join(DATASETS)}, and no folder of that name here or in "
+            f"{data_dir} holds {WANTED}; --dataset says where it is, digits needs no download")
 
 
 #############################################
@@ -132,63 +266,57 @@ def load_real(config, data_dir, device="cpu"):
 #############################################
 
 
-def read_dataset(place, size, wanted=None):
-    """[(images uint8 [N, C, H, W], labels [N])] of the training and the test set in the folder `place`."""
-    if (place / "train.npz").exists():
-        return [read_npz(place / f"{part}.npz") for part in ("train", "test")]
-    held_out = place / ("val" if (place / "val").is_dir() else "test")
-    parts = [read_class_folders(folder, size, wanted) for folder in (place / "train", held_out)]
-    if parts[0][2] != parts[1][2]:
-        raise UserError(f"{place / 'train'} and {held_out} hold different classes")
-    return [(images, labels) for images, labels, _ in parts]
+def read_dataset(place, size=None, name=None):
+    """([(images uint8 [N, C, H, H], labels [N])] of training and test set, notes) of a folder or .npz file.
 
-
-def read_npz(path):
-    arrays = load(path)
-    images, labels = arrays.get("images"), arrays.get("labels")
-    if not (images is not None and images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] == images.shape[2]
-            and images.size and labels is not None and labels.dtype.kind in "iu" and labels.shape == images.shape[:1]):
-        raise UserError(f"{path}: needs `images` (uint8, N x H x H x C) and `labels` (N integers), has "
-                        f"{sorted(arrays)}")
-    if labels.min() < 0 or labels.max() >= len(labels):
-        raise UserError(f"{path}: labels from {labels.min()} to {labels.max()} for {len(labels)} images; classes count "
-                        "from 0")
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
-
-
-def read_class_folders(folder, size, wanted=None):
-    """Images uint8 [N, C, size, size], labels [N] and class names of <folder>/<class>/*.png|jpg, in natural order.
-
-    The shorter side is resized to `size` and the centre cut out; when all files are grey there is one channel.
+    Without `size`, that of the pictures. `name`: of a known dataset, whose channels and classes are wanted.
     """
-    names = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-    classes = sorted(names, key=lambda c: (0, int(c), c) if c.isdigit() else (1, 0, c))
-    classes = [c for c in wanted if c in names] if wanted else classes
-    files = [(file, label) for label, c in enumerate(classes) for file in sorted((folder / c).iterdir())
-             if file.suffix.lower() in IMAGE_SUFFIXES]
-    if not files:
-        raise UserError(f"{folder}: no PNG or JPEG images in class folders")
-    pictures = []
-    for file, _ in tqdm(files, desc=f"decoding {folder.name}", disable=None, delay=1, leave=False):
-        try:
-            with Image.open(file) as picture:
-                grey = picture.mode in ("1", "L", "I;16")
-                pictures.append(np.asarray(fit(picture.convert("L" if grey else "RGB"), size)))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{file}: not a readable image ({error})") from error
-    if len({p.ndim for p in pictures}) > 1:  # grey files among coloured ones
-        pictures = [p if p.ndim == 3 else np.stack([p] * 3, -1) for p in pictures]
-    images = np.stack(pictures).reshape(len(files), size, size, -1).transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(images), np.array([label for _, label in files]), classes
+    if place.is_file():
+        return read_arrays([(place, "train"), (place, "test")])
+    if os.path.isfile(place / "train.npz"):
+        return read_arrays([(place / "train.npz", None), (held_out(place, ("test", "val", "valid"), ".npz"), None)])
+    folders = [place / "train", held_out(place, ("val", "valid", "validation", "test"))]
+    channels = DATASETS[name].channels if name in DATASETS else None
+    return read_folders(folders, size, channels, IMAGENET10 if name == "imagenet10" else None)
 
 
-def fit(picture, size):
-    if picture.size == (size, size):
-        return picture
-    scale = size / min(picture.size)
-    picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.BILINEAR)
-    left, top = ((side - size) // 2 for side in picture.size)
-    return picture.crop((left, top, left + size, top + size))
+def held_out(place, names, suffix=""):
+    """The folder or file in `place` that is tested on. Raises UserError when there is none."""
+    for name in names:
+        if (place / f"{name}{suffix}").exists():
+            return place / f"{name}{suffix}"
+    raise UserError(f"{place}: no {names[0]}{suffix} beside train{suffix} (it holds {inside(place)})")
+
+
+def read_arrays(sources):
+    """([(images uint8 [N, C, H, H], labels [N])], notes) of (.npz file, part in its members' names or None) each."""
+    what = sources[0][0]
+    members = [find_members(path, part) for path, part in sources]
+    images = [channels_first(images, what) for images, _ in members]
+    images, notes = as_bytes(images, what)
+    labels, more = class_numbers([labels for _, labels in members], what)
+    for x, y in zip(images, labels):
+        if len(x) != len(y):
+            raise UserError(f"{what}: {len(x)} images, but {len(y)} labels")
+    return [(np.ascontiguousarray(x), y) for x, y in zip(images, labels)], notes + more + left_out(what, sources)
+
+
+def left_out(path, sources):
+    """A note about the members of an .npz file of all parts that are of none of them: a validation set, for one."""
+    parts = tuple(part for _, part in sources if part)
+    names = [name for name in headers(path) if parts and not name.lower().startswith(parts)
+             and not name.lower().endswith(parts)]
+    return [f"{path}: left out: {listed(names)}"] if names else []
+
+
+def find_members(path, part=None):
+    """(images, labels) of an .npz file, of its members only these. Raises UserError naming those that it has."""
+    heads = headers(path)
+    names = [find_member(heads, keys, part) for keys in (IMAGES, LABELS)]
+    if None in names:
+        wanted = f"{part}_images and {part}_labels" if part else "images and labels"
+        raise UserError(f"{path}: holds {described(heads)}; wanted {wanted}")
+    return [read_member(path, name, heads[name]) for name in names]
 
 
 def download(name, data_dir):

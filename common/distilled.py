@@ -1,89 +1,303 @@
-"""Distilled sets as splits: every published format, told apart by structure, and multi-formation's tiles."""
+"""Distilled sets as splits: every published format, told apart by content, and multi-formation's tiles."""
+import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from .data import EMBEDDED, Split, read_class_folders
-from .errors import UserError
-from .files import load
+from .arrays import (IMAGES, LABELS, Header, class_numbers, described, find_member, headers, is_npz, read_member, sides,
+                     span)
+from .data import EMBEDDED, Split, counted, data_fingerprint, hardened
+from .errors import UserError, listed, note
+from .files import check_memory, check_regular, load, load_tensors, reason
+from .pictures import Surprises, decode, in_channels, is_picture, read_folders, visible
+
+WANTED = "[images, labels], DC, DSA, DM, KIP, MTT, DATM, .npz or .npy arrays, class folders or a contact sheet"
+ARRAYS = (".pt", ".pth", ".npy", ".npz")  # suffixes looked for in a folder
 
 
 def load_distilled(path, dataset, ipc, factor=None, device="cpu"):
     """The distilled split of `ipc` stored images a class, decoded to ipc * factor**2, normalised for `dataset`.
 
-    Formats, told apart by structure: EDC/IDC `[images, labels]` in [0, 1]; DSA/DC/DM `{"data": [..., [images,
-    labels]]}`, KIP `[images NHWC, ...]` and MTT images_best.pt + labels_best.pt, all three already normalised;
-    class folders of PNG; one PNG contact sheet (a row a class). Without `path`, the embedded set. Without
-    `factor`, that of the config.json beside the file, else 1. `dataset` is a Dataset. Raises UserError.
+    Formats and values are told by what is in the file; docs/formats.md lists them. Without `factor`, that of the .json
+    file beside it, else 1. `dataset` is a Dataset. Labels are numbers [N], or soft [N, classes] where the file's are.
+    Prints what there is. Raises UserError.
     """
-    images, labels, raw = read_distilled(Path(path), dataset, ipc)
-    beside = Path(path).with_suffix(".json"), Path(path).parent / "config.json"
-    settings = next((file for file in beside if file.exists()), None)
-    factor = factor or (load(settings).get("factor", 1) if settings and not Path(path).is_dir() else 1)
-    shape = (dataset.channels, dataset.image_size, dataset.image_size)
-    if images.shape[1:] != shape or not len(images):
-        held, needed = (" x ".join(map(str, sides)) for sides in (images.shape[1:], shape))
-        raise UserError(f"{path}: {len(images)} images are {held}, the dataset's {needed}")
-    # The number first: a small file may claim any.
-    if len(images) != ipc * dataset.num_classes or any((labels == c).sum() != ipc for c in range(dataset.num_classes)):
-        raise UserError(f"{path}: holds {len(images)} images, expected {dataset.num_classes} classes of --ipc {ipc}")
-    images, labels = images.float(), labels.long()
-    if not images.isfinite().all():
-        raise UserError(f"{path}: holds values that are not finite")
-    if raw:
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
-        images = (images - mean) / std
-    elif .4 < images.std() < .75:
-        print(f"warning: {path}: standard deviation {images.std():.2f} looks ZCA-whitened; such a set trains badly "
-              "unless real data is whitened too", file=sys.stderr)
-    order = labels.argsort(stable=True)
-    blank = ((.5 - torch.tensor(dataset.mean)) / torch.tensor(dataset.std)).view(-1, 1, 1)
-    images, labels = decode_tiles(images[order], labels[order], factor, blank)
-    return Split(images.to(device), labels.to(device))
-
-
-def read_distilled(path, dataset, ipc):
-    """(images [N, C, H, W], labels [N], whether values are raw, in [0, 1]) of any known format."""
-    if path.is_dir() and not (path / "images_best.pt").exists():
-        images, labels, classes = read_class_folders(path, dataset.image_size)
-        return torch.from_numpy(images).float() / 255, torch.from_numpy(labels), True
-    if path.suffix == ".png":
-        return *read_contact_sheet(path, dataset, ipc), True
-    if path.is_dir() or path.name == "images_best.pt":
-        folder = path if path.is_dir() else path.parent
-        data, raw = [load(folder / "images_best.pt"), load(folder / "labels_best.pt")], False
+    path = Path(path)
+    factor = tiles_along_a_side(path, factor, dataset.image_size)
+    images, labels = read_distilled(path, dataset)
+    images = arranged(images, dataset, path)
+    labels = labels_of(labels, len(images), dataset.num_classes, path)
+    check_counts(labels, dataset.num_classes, ipc, path)
+    check_memory(path, 4 * images.size * factor ** 2)
+    images, values = scaled(images, path)
+    sha = data_fingerprint(images, labels, np.int64(factor))
+    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    tiles = f"; {factor} x {factor} tiles in each" if factor > 1 else ""
+    numbers = hardened(labels)
+    print(f"distilled: {counted(images.shape, numbers.numpy(), dataset.num_classes)}, values {values}{tiles}")
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
+    if values == "normalised":
+        warn_of_whitening(images, path)
     else:
-        data, raw = load(path), True
-    if isinstance(data, dict) and isinstance(data.get("data"), list) and data["data"]:
-        data, raw = data["data"][-1], False
-    images, labels = (*data, None, None)[:2] if isinstance(data, (list, tuple)) else (None, None)
-    if torch.is_tensor(images) and images.layout == torch.strided and images.ndim == 4 and not images.is_complex():
-        if images.shape[1] != dataset.channels and images.shape[3] == dataset.channels:  # KIP's labels are no indices
-            labels = torch.arange(dataset.num_classes).repeat_interleave(len(images) // dataset.num_classes)
-            return images.permute(0, 3, 1, 2), labels, False
-        if torch.is_tensor(labels) and labels.shape == images.shape[:1] and not labels.is_floating_point():
-            return images, labels, raw
-    raise UserError(f"{path}: not a distilled set of a known format (EDC, DSA/DC/DM, KIP, MTT, PNG class folders or "
-                    "contact sheet)")
+        images = (images - mean) / std
+    order = numbers.argsort(stable=True)
+    images, labels = decode_tiles(images[order], labels[order], factor, (.5 - mean) / std)
+    return Split(images.to(device), labels.to(device), fingerprint=sha)
 
 
-def read_contact_sheet(path, dataset, ipc):
-    """Images [classes * ipc, C, H, W] in [0, 1] and labels of a PNG with a row a class and a column an image."""
-    size, rows = dataset.image_size, dataset.num_classes
+#############################################
+#            What a file holds              #
+#############################################
+
+
+def read_distilled(path, dataset):
+    """(images, labels or None): the arrays of a set of any format as they are kept, pictures as [N, C, H, W]."""
+    if path.is_dir():
+        return read_folder(path, dataset)
+    check_regular(path)
+    if is_npz(path):
+        return read_npz(path)
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if is_picture(path) and head not in (b"PK", b"\x80\x02"):  # those of torch.save
+        return read_contact_sheet(path, dataset)
+    value = read_value(path)
+    if torch.is_tensor(value) or isinstance(value, np.ndarray):
+        return read_halves(path, value)
+    images, labels = images_and_labels(value)
+    if images is None:
+        raise UserError(f"{path}: not a distilled set of a known format (holds {kinds(value)}; wanted {WANTED})")
+    return as_array(images, path), None if labels is None else as_array(labels, path)
+
+
+def images_and_labels(value):
+    """The two in what torch.save wrote: a list, a dict, or DC's, DSA's and DM's {"data": [..., [images, labels]]}."""
+    if isinstance(value, dict) and isinstance(value.get("data"), (list, tuple)) and value["data"]:
+        value = value["data"][-1]  # one a repetition
+    if isinstance(value, dict):
+        return value.get(find_member(value, IMAGES)), value.get(find_member(value, LABELS))
+    if isinstance(value, (list, tuple)):
+        return value[0] if value else None, value[1] if len(value) > 1 else None
+    return None, None
+
+
+def read_value(path):
+    """What torch.save or np.save wrote. Raises UserError."""
     try:
-        sheet = np.asarray(Image.open(path).convert("L" if dataset.channels == 1 else "RGB"))
-    except OSError as error:
-        raise UserError(f"{path}: not a readable image ({error})") from error
-    if sheet.shape[:2] != (rows * size, ipc * size):
-        raise UserError(f"{path}: {sheet.shape[1]} x {sheet.shape[0]} pixels, expected {rows} rows of --ipc {ipc} "
-                        f"images of {size} pixels")
-    tiles = torch.from_numpy(sheet.copy()).reshape(rows, size, ipc, size, -1).permute(0, 2, 4, 1, 3)
-    return tiles.reshape(rows * ipc, -1, size, size).float() / 255, torch.arange(rows).repeat_interleave(ipc)
+        with open(path, "rb") as file:
+            numpy = file.read(6) == b"\x93NUMPY"
+        return np.load(path, mmap_mode="r") if numpy else load_tensors(path)
+    except UserError:
+        raise
+    except Exception as error:  # almost any type on a damaged file
+        raise UserError(f"{path}: not a distilled set of a known format ({reason(error)}); wanted {WANTED}") from None
+
+
+def as_array(value, path):
+    """A tensor or array as an array. Raises UserError for what is none."""
+    try:
+        if torch.is_tensor(value):
+            value = value.detach().cpu()
+            value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+        if isinstance(value, np.ndarray):
+            return value
+    except (TypeError, RuntimeError, NotImplementedError):  # sparse, quantised, without contents
+        pass
+    raise UserError(f"{path}: not a distilled set of a known format (holds {kinds(value)}; wanted {WANTED})")
+
+
+def kinds(value):
+    """What a file holds, in words."""
+    if isinstance(value, dict):
+        return described({key: kinds(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return f"[{listed(kinds(item) for item in value)}]"
+    if torch.is_tensor(value):
+        layout = "" if value.layout == torch.strided else f"{value.layout} ".removeprefix("torch.")
+        return layout + str(Header(tuple(value.shape), str(value.dtype).removeprefix("torch.")))
+    return str(Header(value.shape, value.dtype)) if isinstance(value, np.ndarray) else type(value).__name__
+
+
+def read_npz(path):
+    heads = headers(path)
+    images, labels = find_member(heads, IMAGES), find_member(heads, LABELS)
+    if images is None:
+        raise UserError(f"{path}: holds {described(heads)}; wanted images and labels")
+    return read_member(path, images, heads[images]), labels and read_member(path, labels, heads[labels])
+
+
+def halves(path):
+    """(file of images, file of labels), of which `path` is one; None when the other is not there."""
+    name, suffix = path.name, path.suffix
+    pairs = [(name.replace("label", "image"), name)]
+    if "label" not in name:
+        others = name.replace("image", "label"), f"labels{suffix}", f"{path.stem}_labels{suffix}"
+        pairs = [(name, other) for other in others]
+    for images, labels in pairs:
+        if images != labels and path.with_name(images).is_file() and path.with_name(labels).is_file():
+            return path.with_name(images), path.with_name(labels)
+    return None
+
+
+def read_halves(path, value):
+    """(images, labels) where they are kept apart: MTT's images_best.pt and labels_best.pt, .npy."""
+    files = halves(path)
+    if files is None:
+        raise UserError(f"{path}: holds {kinds(value)} alone; wanted images and labels, as images_best.pt and "
+                        "labels_best.pt beside each other, or in one file")
+    return [as_array(read_value(file), file) for file in files]
+
+
+def read_folder(folder, dataset):
+    """(images, labels) of a folder that holds files of images and labels, class folders, or one file of both."""
+    files = [file for file in visible(folder) if file.suffix in ARRAYS and file.is_file()]
+    pairs = sorted({halves(file) for file in files} - {None})
+    if not pairs and any(place.is_dir() for place in visible(folder)):
+        parts, notes = read_folders([folder], dataset.image_size, dataset.channels)
+        note(*notes)
+        return parts[0]
+    sets = [images for images, _ in pairs] or files
+    sets = [file for file in sets if file.stem.endswith("best") or file.name == "data.pt"] or sets
+    if len(sets) != 1:
+        found = listed(file.name for file in sets) or "neither class folders nor a file of arrays"
+        raise UserError(f"{folder}: holds {found}; give the path of one set")
+    return read_distilled(sets[0], dataset)
+
+
+def read_contact_sheet(path, dataset):
+    """Images uint8 [N, C, H, W] and labels of a picture with a row a class and a column an image."""
+    size, rows = dataset.image_size, dataset.num_classes
+    surprises = Surprises()
+    sheet = in_channels(decode(path, surprises), dataset.channels, path)
+    note(*surprises.lines())
+    height, width = sheet.shape[1:]
+    if height != rows * size or width % size:
+        raise UserError(f"{path}: {width} x {height} pixels, expected a contact sheet of {rows} rows of images of "
+                        f"{size} pixels, {rows * size} high")
+    columns = width // size
+    tiles = sheet.reshape(-1, rows, size, columns, size).transpose(1, 3, 0, 2, 4)
+    return tiles.reshape(rows * columns, -1, size, size), np.arange(rows).repeat(columns)
+
+
+#############################################
+#             What arrays mean              #
+#############################################
+
+
+def arranged(images, dataset, path):
+    """Images [N, C, H, W] of the dataset's shape, of channels first or last. Raises UserError."""
+    channels, size = dataset.channels, dataset.image_size
+    if images.shape[1:] == (channels, size, size) and len(images):
+        return images
+    if images.shape[1:] == (size, size, channels) and len(images):
+        return images.transpose(0, 3, 1, 2)
+    if images.shape[1:] == (size, size) and channels == 1 and len(images):
+        return images[:, None]
+    raise UserError(f"{path}: {len(images) if images.ndim else 1} images are {sides(images.shape[1:])}, the dataset's "
+                    f"{channels} x {size} x {size}")
+
+
+def labels_of(labels, count, classes, path):
+    """Labels int64 [N], or float32 [N, classes] if they are soft, of numbers, one-hot rows, shares or KIP's targets."""
+    if labels is None:
+        note(f"{path}: no labels in the file, taken as {classes} classes one after the other")
+        return np.arange(classes).repeat(math.ceil(count / classes))[:count]
+    if labels.shape[:1] != (count,):
+        raise UserError(f"{path}: {count} images, but labels are {sides(labels.shape)}")
+    if labels.ndim != 2 or labels.shape[1] == 1:
+        numbers, notes = class_numbers([labels], path)
+        note(*notes)
+        return numbers[0]
+    if labels.shape[1] != classes:
+        raise UserError(f"{path}: labels are {sides(labels.shape)}, the dataset has {classes} classes")
+    span(labels, path)
+    shares = (labels >= 0).all() and np.allclose(labels.sum(1, dtype=np.float64), 1, atol=.01)
+    if shares and ((labels > 0).sum(1) > 1).any():
+        return labels.astype(np.float32)
+    if not shares:
+        note(f"{path}: labels are rows of numbers that are no shares of 1; the largest of each counts")
+    return labels.argmax(1)
+
+
+def check_counts(labels, classes, ipc, path):
+    """Raises UserError unless every class has `ipc` images. Soft labels are those of no class alone."""
+    if labels.ndim == 2:
+        if len(labels) != ipc * classes:
+            raise UserError(f"{path}: holds {len(labels)} images, not --ipc {ipc} of {classes} classes")
+        return
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(f"{path}: labels go from {labels.min()} to {labels.max()}, the dataset has classes 0 to "
+                        f"{classes - 1}")
+    counts = np.bincount(labels, minlength=classes)
+    if counts.min() == 0:
+        raise UserError(f"{path}: no image of class {listed(np.flatnonzero(counts == 0))} in {len(labels)}, expected "
+                        f"--ipc {ipc} of each")
+    if counts.min() != ipc or counts.max() != ipc:
+        held = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+        raise UserError(f"{path}: holds {held} images a class, expected --ipc {ipc}")
+
+
+def scaled(images, path):
+    """(float32 images, "in [0, 1]" or "normalised") of images of any numbers, by what the values are.
+
+    Raises UserError for values that are neither in [0, 1], slightly beyond, nor 0 to 255, nor about 0.
+    """
+    low, high, _ = span(images, path)
+    mean, integers = images.mean(dtype=np.float64), images.dtype.kind != "f"
+    if low == high:
+        raise UserError(f"{path}: all values of the images are {low:g}")
+    if -.25 <= low and high <= 1.25:
+        return np.ascontiguousarray(images, np.float32), "in [0, 1]"
+    if -13 <= low and high <= 268 and (integers or high > 128):
+        return np.ascontiguousarray(images, np.float32) / np.float32(255), "in [0, 1]"
+    if -20 <= low < -.25 and 1.25 < high <= 20 and abs(mean) <= 1 and not integers:
+        return np.ascontiguousarray(images, np.float32), "normalised"
+    raise UserError(f"{path}: values ({images.dtype}) go from {low:g} to {high:g}, their mean is {mean:.3g}; wanted "
+                    "[0, 1], 0 to 255, or normalised to mean 0 and deviation 1")
+
+
+def neighbour_correlation(images):
+    """Correlation of pixels beside and below each other in images [N, C, H, W]: 0.75 and more, unless whitened."""
+    x = images.double() - images.double().mean((0, 2, 3), keepdim=True)
+    beside, below = (x[..., 1:] * x[..., :-1]).mean(), (x[..., 1:, :] * x[..., :-1, :]).mean()
+    return float((beside + below) / 2 / x.square().mean())
+
+
+def warn_of_whitening(images, path):
+    """ZCA leaves .30 to .56; noise that MTT starts from .23; in images below 28 pixels neighbours differ anyway."""
+    correlation = neighbour_correlation(images)
+    if images.shape[-1] >= 28 and .25 < correlation < .65:
+        note(f"{path}: neighbouring pixels correlate by {correlation:.2f}, which looks ZCA-whitened; such a set trains "
+             "badly unless real data is whitened too")
+
+
+def tiles_along_a_side(path, factor, size):
+    """The factor of --factor, or of the .json file beside a set, else 1. Raises UserError for what is none."""
+    source = "--factor"
+    if factor is None:
+        source, factor = stored_factor(path)
+    most = max(1, size // 2)
+    if type(factor) is not int or not 1 <= factor <= most:
+        raise UserError(f"{source} {json.dumps(factor):.40}: wanted the number of tiles along a side of {size} pixels, 1 "
+                        f"to {most}; --factor says it")
+    return factor
+
+
+def stored_factor(path):
+    """(where it is said, the factor) of <name>.json beside a set, or config.json beside or in it; 1 without one."""
+    places = [path / "config.json"] if path.is_dir() else [path.with_suffix(".json"), path.parent / "config.json"]
+    for file in places:
+        if not file.exists():
+            continue
+        settings = load(file)
+        if not isinstance(settings, dict):
+            raise UserError(f"{file}: beside a distilled set, but no JSON object ({json.dumps(settings):.40}); --factor "
+                            "says how many tiles there are along a side")
+        return f"{file}: factor", settings.get("factor", 1)
+    return "", 1
 
 
 def embedded_distilled(name, ipc):
@@ -110,6 +324,6 @@ def decode_tiles(images, labels, factor, blank=0.5):
     canvas[:, :, :size, :size] = images
     tiles = canvas.reshape(n, channels, factor, tile, factor, tile).permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
     tiles = F.interpolate(tiles, size=(size, size), mode="bilinear", align_corners=False)
-    labels = labels.repeat(factor * factor)
-    order = labels.argsort(stable=True)
+    labels = labels.repeat(factor * factor, *[1] * (labels.ndim - 1))
+    order = hardened(labels).argsort(stable=True)
     return tiles[order], labels[order]

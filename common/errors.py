@@ -1,5 +1,26 @@
-"""The one kind of error that is shown to users."""
+"""What is said to users: errors they can mend, and surprises."""
+import sys
 
 
 class UserError(Exception):
     """A mistake the user can mend: one clear line on stderr, exit code 2."""
+
+
+def plain(text):
+    """`text` in one line, in which no control code of a file's name reaches the terminal."""
+    line = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
+def note(*texts):
+    """A line each on stderr about surprises: what was found, and what is done about it."""
+    for text in texts:
+        print(f"note: {plain(text)}", file=sys.stderr)
+
+
+def listed(items, most=5):
+    """Names in words, of many the first few: "a, b, c, ... (12 in all)"."""
+    items = [str(item) for item in items]
+    if len(items) <= most:
+        return ", ".join(items)
+    return f"{', '.join(items[:most])}, ... ({len(items)} in all)"

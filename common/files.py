@@ -4,7 +4,10 @@ import csv
 import io
 import json
 import os
+import re
+import stat
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -64,21 +67,64 @@ def save_csv(path, rows):
     write_atomically(path, text.getvalue().encode())
 
 
+# What NumPy's numbers and arrays are made of in a pickle, under the names of all its versions: data, no code.
+NUMPY = [np.dtype, np.ndarray, *{type(np.dtype(code)) for code in "?bhilqBHILQefdgU"}]
+for maker in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]):  # scalar, _reconstruct
+    NUMPY += [(maker, f"numpy.{core}.multiarray.{maker.__name__}") for core in ("core", "_core")]
+
+
 def load(path, device="cpu"):
-    """Read a .pt, .json or .npz file. No code in it is ever run. UserError when missing or damaged."""
+    """Read a .pt, .json or .npz file, by its suffix. No code in it is ever run. UserError when missing or damaged."""
     path = Path(path)
+    check_regular(path)
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text())
         if path.suffix == ".npz":
             with np.load(path) as arrays:
                 return {name: arrays[name] for name in arrays}
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        return load_tensors(path, device)
+    except UserError:
+        raise
     except Exception as error:  # torch.load and np.load raise almost any type on a damaged file
-        reason = str(error).strip().split("\n")[0][:100]
-        raise UserError(f"{path}: damaged, or not a {path.suffix or '.pt'} file of plain tensors ({reason})") from None
+        kind = "a JSON file" if path.suffix == ".json" else f"a {path.suffix or '.pt'} file of plain tensors"
+        raise UserError(f"{path}: damaged, or not {kind} ({reason(error)})") from None
+
+
+def load_tensors(path, device="cpu"):
+    """What torch.save wrote: tensors, NumPy's arrays and numbers, and plain values. Raises almost any type."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            check_memory(path, sum(member.file_size for member in archive.infolist()))
+    with torch.serialization.safe_globals(NUMPY):
+        return torch.load(path, map_location=device, weights_only=True)
+
+
+def reason(error):
+    """What an exception says, in a few words."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # what torch.load is about, after much advice
+    code = re.search(r"GLOBAL (\S+)", text)
+    if code:
+        return f"it holds a {code[1]}, whose code is not run"
+    return text.split("\n")[0][:100] or type(error).__name__
+
+
+def check_regular(path):
+    """Raises UserError unless `path` is a file with an end: a pipe or a device would be waited for."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        raise UserError(f"{str(path)[:200]}: {'no such file' if missing else reason(error)}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file")
+
+
+def check_memory(what, size):
+    """Raises UserError when `size` bytes are more than this machine has."""
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > held:
+        raise UserError(f"{what}: needs {size / 2 ** 30:,.1f} GiB of memory, this machine has {held / 2 ** 30:,.1f}")
 
 
 def read_csv(path, needed):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import fit, load_real
+from common.data import load_real
 from common.errors import UserError
+from common.pictures import fit
 
 
 def test_npz_class_folders_and_subset(tmp_path):

@@ -7,8 +7,8 @@ from conftest import ROOT
 
 SCRIPTS = ["prune", "stability", "landscape", "hessian", "distill"]
 LADDER = ["errors", "interrupts", "ranks", "files", "streams", "networks", "masks", "kernels.build", "kernels.ops",
-          "augment", "data", "graph", "distilled", "kernels.dense", "kernels.sparse", "kernels.views", "kernels.points",
-          "training", "evaluation", "matching", "planes", "tickets", "endpoints", "cli"]
+          "augment", "arrays", "pictures", "data", "graph", "distilled", "kernels.dense", "kernels.sparse",
+          "kernels.views", "kernels.points", "training", "evaluation", "matching", "planes", "tickets", "endpoints", "cli"]
 ROOMS = [f"common.{room}" for room in LADDER]
 
 
