@@ -43,7 +43,8 @@ from common.evaluation import mean_and_std
 from common.masks import dense_mask, magnitude_mask, overlap
 from common.networks import aliases, build_network, check_network, prunable
 from common.streams import random_stream
-from common.tickets import family_names, fingerprint, load_ticket, make_ticket, round_files, tensors_sha
+from common.tickets import (changed_setting, family_names, fingerprint, load_ticket, make_ticket, round_files,
+                            tensors_sha)
 
 DEFAULTS = dict(rounds=10, rate=.2, scope="global", rewind=0, rewind_what="all", seed=0, epochs=300, eval_epochs=300,
                 eval_lr=None, eval_batch_size=None,
@@ -182,7 +183,7 @@ def train(title, path, model, split, config, recipe, stream, mask=None, until=No
     """training.train, saved beside the ticket's `path` every half a minute and gone on with from there."""
     saved = unfinished(path)
     begun = files.load(saved, split.labels.device) if saved.exists() else None
-    if begun and (begun["title"] != title or files.difference(begun["config"], config, MAY_CHANGE)):
+    if begun and (begun["title"] != title or changed_setting(begun["config"], config, MAY_CHANGE)):
         begun = None
     about = {"title": title, "config": config}
     return training.train_saved(saved, about, title, model, split, recipe, stream, mask, until, begun)
@@ -271,7 +272,7 @@ def other_run(out, config):
     if not path.exists():
         return "without a config.json" if round_files(out) else ""
     earlier = files.read_settings(path)
-    key = files.difference(earlier, config, MAY_CHANGE)
+    key = changed_setting(earlier, config, MAY_CHANGE)
     return f"{key} {earlier.get(key)} -> {config.get(key)}" if key else ""
 
 
@@ -558,7 +559,9 @@ def load_data(config, data_dir, device, needs_real):
     path = config["distilled"] or embedded_distilled(config["dataset"], config["ipc"])
     statistics = (real[0].mean, real[0].std) if real else (known.mean, known.std)
     shape = Dataset(config["channels"], config["image_size"], config["num_classes"], *statistics)
-    return load_distilled(path, shape, config["ipc"], config["factor"], device), real
+    distilled = load_distilled(path, shape, config["ipc"], config["factor"], device)
+    config["distilled_fingerprint"] = distilled.fingerprint
+    return distilled, real
 
 
 def fill_in_epochs(config, preset, distilled, real):
@@ -599,6 +602,7 @@ def run_seed(config, out, args, distilled, real, device):
     data = pruning_data(config, distilled, real)
     model = build_network(config, config["seed"]).to(device)
     start = load_ticket(args.start, config, device, model) if args.start else None
+    config["start_fingerprint"] = fingerprint(start) if start else None
     if start and start["round"] > config["rounds"]:
         raise UserError(f"--rounds {config['rounds']}: {args.start} is of round {start['round']} already")
     evaluate = args.evaluate or ()

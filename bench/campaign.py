@@ -64,8 +64,8 @@ def start(name, folder, ranks=1):
 def ask_to_stop(process, number):
     """Send SIGTERM or SIGINT; a complaint unless the process ends in its own words, with the signal's exit code."""
     process.send_signal(number)
-    _, errors = process.communicate()
-    quiet = process.returncode == -number and not errors.strip()  # it had not begun
+    output, errors = process.communicate()
+    quiet = process.returncode == -number and ("written:" in output or not errors.strip())  # it was done, or not begun
     if quiet or process.returncode in (0, 128 + number) and "Traceback" not in errors:
         return ""
     return f"exit code {process.returncode}: {errors[-200:]}"

@@ -12,6 +12,7 @@ from .masks import dense_mask, sparsity
 from .networks import build_network, check_network, prunable
 
 FORMAT = "lottery-mask-1"
+FILES_READ = {"dataset": "data_fingerprint", "distilled": "distilled_fingerprint", "start": "start_fingerprint"}
 # What a run goes on with, how its subnetworks are evaluated, how it is computed: not how its masks were found.
 SAME_FAMILY = {"seed", "rounds", "sparse", "eval_epochs", "eval_lr", "eval_batch_size", "amp", "compile", "data_dir"}
 
@@ -240,9 +241,27 @@ def family_names(configs):
 
 
 def differing_keys(configs):
-    """The settings in which configs differ, without those that make no other family."""
-    keys = dict.fromkeys(key for config in configs for key in config if key not in SAME_FAMILY)
-    return [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
+    """The settings in which configs differ, without those that make no other family.
+
+    What a file held counts, not where it lay; what a run did not read makes no difference.
+    """
+    keys = list(dict.fromkeys(key for config in configs for key in config if key not in SAME_FAMILY))
+    values = {key: {repr(config.get(key)) for config in configs} for key in keys}
+    for path, sha in FILES_READ.items():
+        if sha in values and "None" not in values[sha]:
+            values.pop(path if len(values[sha]) == 1 or len(values[path]) == 1 else sha, None)
+        else:
+            values.pop(sha, None)
+    return [key for key, different in values.items() if len(different) > 1]
+
+
+def changed_setting(earlier, config, ignored=()):
+    """The first setting by which a run's config is not that of an earlier one, or None; files by content, not by path."""
+    ignored = set(ignored)
+    for path, sha in FILES_READ.items():
+        known = None not in (earlier.get(sha), config.get(sha))
+        ignored.add(path if known else sha)
+    return difference(earlier, config, ignored)
 
 
 def mark(key, value):
@@ -296,11 +315,13 @@ def load_tickets(paths, args, device):
         model = build_network(unnamed, unnamed["seed"]).to(device)
         path = Path(Path(args.dataset).name) / "dense.pt"
         tickets[path] = make_ticket(0, dense_mask(model), model.state_dict(), unnamed, {})
-    check_alike(tickets)
-    config = dict(next(iter(tickets.values()))["config"])
-    if args.train_images:
-        config["train_images"] = args.train_images
+    config = common_config(tickets)
+    if args.dataset:
+        check_name(args.dataset, config)
+    config |= {key: getattr(args, key) for key in ("dataset", "train_images") if getattr(args, key)}
     train, test = data.load_real(config, args.data_dir, device)
+    for ticket in tickets.values():  # one found on synthetic data alone has not met it yet
+        ticket["config"] = ticket["config"] | {"data_fingerprint": config["data_fingerprint"]}
     model = build_network(config).to(device)
     check_network(model, *train.batch(slice(0, 2)), config["num_classes"])
     return tickets, train, test
@@ -316,11 +337,28 @@ def unnamed_config(args):
     return config
 
 
-def check_alike(tickets):
-    """Raises UserError unless the tickets are of one network and one dataset."""
+def common_config(tickets):
+    """The config of the first of {path: ticket}, with a fingerprint of the data if one has it.
+
+    Raises UserError unless they are of one network and one dataset.
+    """
     first_path, first = next(iter(tickets.items()))
+    config = dict(first["config"])
     for path, other in tickets.items():
-        for key in ("model", "dataset", "width", "norm", "image_size", "train_images", "data_fingerprint"):
-            one, two = first["config"].get(key), other["config"].get(key)
+        for key in ("model", "dataset", "width", "norm", "image_size", "train_images"):
+            one, two = config.get(key), other["config"].get(key)
             if one != two:
                 raise UserError(f"{path} has {key} {two}, {first_path} {one}; give masks of one network and dataset")
+        sha = other["config"].get("data_fingerprint")
+        if sha and config.get("data_fingerprint") not in (None, sha):
+            raise UserError(f"{path} was found on other data than the masks before it (fingerprint {sha}, not "
+                            f"{config['data_fingerprint']})")
+        config["data_fingerprint"] = sha or config.get("data_fingerprint")
+    return config
+
+
+def check_name(dataset, config):
+    """Raises UserError when --dataset is not the tickets' and no fingerprint will tell whether it holds their data."""
+    name = data.dataset_name(dataset)
+    if config.get("data_fingerprint") is None and name != data.dataset_name(config["dataset"]):
+        raise UserError(f"the masks are of dataset {config['dataset']}, not --dataset {dataset}")
