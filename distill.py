@@ -421,7 +421,7 @@ def parsed_arguments():
     flag("--seed", type=cli.seed, default=0)
     flag("--out", type=cli.folder, help="folder (distilled/<dataset>_ipc<ipc>)")
     flag("--budget", type=within(0), default=math.inf, metavar="MINUTES", help="stop then, keeping the set so far")
-    flag("--device", help="(cuda when there is one, else cpu)")
+    cli.device_flags(parser)
     method_flags(parser)
     measure_flags(parser)
     return parser.parse_args()

@@ -845,7 +845,6 @@ def check(args, ticket_at, train):
 
 def main():
     args = parse()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     ticket_at, train, _ = tickets.load_tickets(args.mask, args, cli.start(args))
     check(args, ticket_at, train)
     names = result_names(ticket_at)

@@ -520,12 +520,14 @@ def add_training_flags(parser):
     flag("--compile", action="store_true", help="run the training step through torch.compile")
     flag("--seed", type=cli.seed, help="fixes initialisation, order and augmentation (%(default)s)")
     flag("--seeds", type=cli.seed, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
-    flag("--device", help="(cuda when there is one, else cpu)")
+    cli.device_flags(group)
 
 
 def config_of(args, preset):
     """The config of a run: flags, else those of the --start mask for the network, else the preset."""
     elsewhere = {"data_dir", "evaluate", "preset", "sparse", "seeds", "device", "out", "overwrite", "plot", "compare"}
+    if not args.tf32:
+        elsewhere.add("tf32")  # float32 needs no word
     config = {key: value for key, value in vars(args).items() if key not in elsewhere}
     unset = PRESETS[preset] | {"dataset": "cifar10"}
     started = files.load(args.start) if args.start else None

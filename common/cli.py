@@ -53,6 +53,8 @@ def fail(error):
 def start(args):
     """The device that --device names; from here on zeros are skipped as --sparse says. Raises UserError."""
     views.skip_zeros.set(getattr(args, "sparse", None) or "auto")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    torch.backends.cudnn.deterministic = True  # one seed, one mask, on a GPU too
     device = choose_device(args.device)
     ops.load()  # the kernels say once, before the work begins, what they are
     return device
@@ -146,7 +148,12 @@ def ticket_flags(parser):
     flag("--train-images", type=positive, help="use only so many real training images (the mask's)")
     sparse_flag(parser)
     flag("--seed", type=seed, help="of the data orders (the mask file's)")
-    flag("--device", help="(cuda when there is one, else cpu)")
+    device_flags(parser)
+
+
+def device_flags(parser):
+    parser.add_argument("--device", help="(cuda when there is one, else cpu)")
+    parser.add_argument("--tf32", action="store_true", help="let a GPU round products to TF32; its speed was not measured")
 
 
 def sparse_flag(parser):
