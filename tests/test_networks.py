@@ -5,9 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from samples import config
+from torch import nn
+from torch.nn.utils import parametrizations
 
 from common.errors import UserError
-from common.networks import build_network, prunable
+from common.networks import build_network, check_network, prunable
 
 
 @pytest.mark.parametrize("model, size, parameters, weights", [
@@ -50,3 +52,55 @@ def test_building_a_network_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     build_network(config(width=4), seed=5)
     assert torch.equal(before, torch.get_rng_state())
+
+
+#############################################
+#          What users' networks may be      #
+#############################################
+
+
+class Outputs(nn.Module):
+    """Logits and features, wrapped as the networks of others wrap them."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.layer, self.wrap = nn.Linear(64, 10), wrap
+
+    def forward(self, x):
+        return self.wrap(self.layer(x.flatten(1)), x)
+
+
+@pytest.mark.parametrize("wrap", [lambda y, x: y, lambda y, x: (y, x), lambda y, x: [y, y],
+                                  lambda y, x: {"aux": x, "logits": y}])
+def test_logits_are_found_in_what_a_network_returns(wrap):
+    check_network(Outputs(wrap), torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), 10)
+
+
+def norm_of_one_pixel():
+    return nn.Sequential(nn.Conv2d(1, 4, 8), nn.GroupNorm(4, 4), nn.Flatten(), nn.Linear(4, 10))
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Outputs(lambda y, x: {"aux": y}), "without logits"), (lambda: Outputs(lambda y, x: None), "NoneType"),
+    (lambda: nn.Conv2d(3, 10, 8), "channels"), (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), "2 x 10"),
+    (lambda: nn.Flatten(), "no weights"), (norm_of_one_pixel, "one pixel"),
+    (lambda: parametrizations.weight_norm(nn.Linear(64, 10)), "computed"),
+    (lambda: nn.Sequential(nn.Flatten(), nn.utils.spectral_norm(nn.Linear(64, 10))), "computed")])
+def test_what_cannot_be_pruned_or_trained_is_one_line(make, message):
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=message) as raised:
+        check_network(model, torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), 10)
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_trial_leaves_statistics_and_generators_as_they_were():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(.5), nn.Flatten(), nn.Linear(144, 10)).eval()
+    torch.manual_seed(4)
+    check_network(model, torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), 10)
+    after = torch.rand(3)
+    torch.manual_seed(4)
+    torch.randn(2, 1, 8, 8)
+    assert torch.equal(torch.rand(3), after)
+    assert not model.training and model[1].num_batches_tracked == 0 and (model[1].running_mean == 0).all()

@@ -408,3 +408,43 @@ def test_evaluating_leaves_random_masks_and_their_weights_alone(own, tmp_path):
     init = load_ticket(tmp_path / "r1.pt", model=network)["init"]
     assert 0 <= rows[0]["test_accuracy"] <= 1 and rows[1]["test_accuracy"] == ""
     assert all(torch.equal(value, init[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_within_a_round_saves_and_says_so(tmp_path, script, number, code):
+    command = [sys.executable, str(ROOT / "prune.py"), "--dataset", "digits", "--data", "real", "--width", "8",
+               "--train-images", "300", "--epochs", "60", "--eval-epochs", "1", "--rounds", "2", "--out", "masks"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "masks" / "r1.pt", process)
+    time.sleep(.3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("it was done before the signal came")
+    assert process.returncode == code and "stopped" in errors and "Traceback" not in errors
+    assert (tmp_path / "masks" / "r2.training.pt").exists()
+    for out in ("masks", "undisturbed"):
+        assert script(*[Path(command[1]).name], *command[2:-1], out).returncode == 0
+    ends = [load_ticket(tmp_path / out / "r2.pt")["masks"] for out in ("masks", "undisturbed")]
+    assert all(torch.equal(ends[0][name], kept) for name, kept in ends[1].items())
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.training.pt"))
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(.02)
+
+
+def test_a_first_try_that_failed_does_not_claim_the_folder(run, tmp_path):
+    with pytest.raises(UserError, match="round 1"):
+        run(*QUICK, "--norm", "none", "--lr", 1e8, "--out", "masks")
+    run(*QUICK, "--norm", "none", "--lr", .01, "--out", "masks")
+    assert (tmp_path / "masks" / "r1.pt").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--rate", "1e-9"), "removes none"), (("--evaluate", 99), "--rounds"), (("--rate", ".9999", "--rounds", 3), "all weights")])
+def test_a_search_that_comes_to_nothing_says_so(run, arguments, message):
+    with pytest.raises(UserError, match=message):
+        run(*QUICK, *arguments, "--out", "masks")
