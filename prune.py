@@ -260,7 +260,7 @@ def prepare_folder(out, config, overwrite):
     if other and claimed and not overwrite:
         raise UserError(f"{out} holds another run ({other}); choose another --out, or --overwrite")
     if other:
-        for old in [*round_files(out), *out.glob("r*.training.pt"), out / "results.csv"]:
+        for old in [*round_files(out), *out.glob("r*.training.pt"), out / "results.csv", out / "curves.csv"]:
             old.unlink(missing_ok=True)
     files.save(out / "config.json", config)
 
@@ -458,6 +458,7 @@ def parse(argv=None):
     flag("--out", type=cli.folder, default=Path("masks"),
          help="folder of masks, results.csv, config.json, prune.png (masks)")
     flag("--overwrite", action="store_true", help="replace another run in --out")
+    cli.log_flag(parser)
     flag("--plot", nargs="+", metavar="DIR", help="draw finished runs together in <out>/prune.png, without training")
     flag("--compare", nargs=2, metavar="DIR", help="overlap of two finished runs' masks in <out>/compare.csv and .png")
     later = ("epochs", "eval_epochs", "lr", "augment", "cutmix")  # the preset and the images say
@@ -524,7 +525,7 @@ def add_training_flags(parser):
 
 def config_of(args, preset):
     """The config of a run: flags, else those of the --start mask for the network, else the preset."""
-    elsewhere = {"data_dir", "evaluate", "preset", "sparse", "seeds", "device", "out", "overwrite", "plot", "compare"}
+    elsewhere = {"data_dir", "evaluate", "preset", "sparse", "log", "seeds", "device", "out", "overwrite", "plot", "compare"}
     config = {key: value for key, value in vars(args).items() if key not in elsewhere}
     unset = PRESETS[preset] | {"dataset": "cifar10"}
     started = files.load(args.start) if args.start else None

@@ -17,7 +17,8 @@ Kim et al. 2022, whose augmentation and distilled data the paper uses.
 
 The rooms, each using only those above it:
 
-    errors, interrupts, ranks, files, streams  ground: mistakes, signals, processes, atomic files, random numbers
+    errors, interrupts, bars, ranks   ground: mistakes, signals, how far work has come, several processes
+    files, curves, streams            atomic files, curves of trainings, random numbers
     networks, masks                   ConvNet3 and ResNets; mask algebra
     kernels/                          the Python side of csrc/: the ops, and faster views of a network
     augment, arrays, pictures, data   DSA and CutMix; what users' arrays and pictures mean; splits of real data

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import interrupts, ranks
+from . import curves, interrupts, ranks
 from .errors import UserError, plain
 from .kernels import ops, views
 
@@ -51,8 +51,12 @@ def fail(error):
 
 
 def start(args):
-    """The device that --device names; from here on zeros are skipped as --sparse says. Raises UserError."""
+    """The device that --device names; from here on zeros are skipped as --sparse says, and curves go where --log says.
+
+    Raises UserError.
+    """
     views.skip_zeros.set(getattr(args, "sparse", None) or "auto")
+    curves.choose_log(args.log)
     device = choose_device(args.device)
     ops.load()  # the kernels say once, before the work begins, what they are
     return device
@@ -145,8 +149,14 @@ def ticket_flags(parser):
     flag("--batch-size", type=positive, help="of training on real data (the mask's)")
     flag("--train-images", type=positive, help="use only so many real training images (the mask's)")
     sparse_flag(parser)
+    log_flag(parser)
     flag("--seed", type=seed, help="of the data orders (the mask file's)")
     flag("--device", help="(cuda when there is one, else cpu)")
+
+
+def log_flag(parser):
+    parser.add_argument("--log", choices=("tensorboard",),
+                        help="write the curves of trainings, which are in curves.csv, to <folder>/tensorboard/ as well")
 
 
 def sparse_flag(parser):

@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils import prune as torch_prune
 
 import prune
-from common import files
+from common import curves, files
 from common.data import Split
 from common.errors import UserError
 from common.masks import dense_mask, magnitude_mask, overlap, sparsity
@@ -139,7 +139,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_masks_results_and_pictures(finished):
     rows = table(finished)
     assert {p.name for p in finished.iterdir()} == {"r0.pt", "r1.pt", "r2.pt", "r3.pt",
-                                                    "results.csv", "config.json", "prune.png"}
+                                                    "results.csv", "curves.csv", "config.json", "prune.png"}
     assert [float(r["sparsity"]) for r in rows] == pytest.approx([0, .2, .36, .488], abs=.002)
     assert [int(r["training_points"]) for r in rows] == [0, 400, 800, 1200]
     assert all(0 < float(r["test_accuracy"]) <= 1 for r in rows)
@@ -187,7 +187,7 @@ def dying(monkeypatch):
         monkeypatch.setattr(files, "write_atomically", save_and_die)
 
     write, autosave = files.write_atomically, files.Autosave
-    monkeypatch.setattr(files, "Autosave", lambda: autosave(seconds=0))
+    monkeypatch.setattr(files, "Autosave", lambda seconds=0: autosave(seconds=0))
     return dying
 
 
@@ -208,6 +208,9 @@ def test_killed_again_and_again_within_rounds_it_ends_with_the_same_bits(run, dy
         assert fingerprint(one) == fingerprint(two) and one["results"] == two["results"]
     whole, pieces = ([row | {"seconds": 0} for row in table(Path(folder))] for folder in ("whole", "pieces"))
     assert whole == pieces and not list(Path("pieces").glob("*.training.pt"))
+    whole, pieces = ([row | {"images_per_second": 0} for row in curves.read(Path(folder, "curves.csv"))]
+                     for folder in ("whole", "pieces"))
+    assert whole == pieces and len(whole) == 1 + 2 * 2 + 2  # no epoch stands twice, and none is missing
 
 
 def test_an_unfinished_round_of_another_config_is_not_gone_on_with(finished, run, dying, tmp_path):
