@@ -11,7 +11,7 @@ The vocabulary, used everywhere:
     sparsity  the fraction of prunable weights removed
     config    a flat dict of plain values, saved with every result
 
-Prunable are the weights of every Conv2d and Linear, first and last layer included. "Paper" is
+Prunable are the weights of every convolution and linear layer, first and last included. "Paper" is
 "On Synthetic Data and Iterative Magnitude Pruning: a Linear Mode Connectivity Study", "IDC" is
 Kim et al. 2022, whose augmentation and distilled data the paper uses.
 
@@ -24,7 +24,7 @@ The rooms, each using only those above it:
     augment, arrays, pictures, data   DSA and CutMix; what users' arrays and pictures mean; splits of real data
     graph                             any network as the operations of its forward pass
     distilled                         distilled sets of every published format
-    training, evaluation              SGD under a mask; losses of networks and of points
+    training, evaluation, scores      SGD under a mask; losses of networks and of points; what to prune without training
     matching, planes                  weight space: a network's units relabelled; planes through networks
     tickets, endpoints                mask files; the networks trained from them
     cli                               flags, errors in one line, how a script starts
