@@ -135,8 +135,8 @@ def test_a_line_a_minute_however_long_an_epoch_is(monkeypatch, tmp_path, capsys)
 
 
 def test_lines_are_out_before_the_end(tmp_path):
-    command = [sys.executable, ROOT / "prune.py", "--dataset", "digits", "--data", "real", "--width", "4", "--epochs", "2",
-               "--train-images", "200", "--rounds", "50"]
+    command = [sys.executable, ROOT / "prune.py", "--dataset", "digits", "--data", "real", "--width", "4",
+               "--epochs", "2", "--train-images", "200", "--rounds", "50"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("round 1 "):

@@ -1,4 +1,4 @@
-"""Scores at initialisation against their definitions, computed in another way, and against what was published of them."""
+"""Scores at initialisation against their definitions, computed in another way, and against what was published."""
 import itertools
 
 import pytest
