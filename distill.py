@@ -37,10 +37,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
-from common import cli, files, ranks
+from common import cli, curves, files, ranks
 from common.augment import draw_dsa, dsa
+from common.bars import Bar
 from common.cli import at_least, positive, within
 from common.data import Dataset, load_real
 from common.distilled import decode_tiles, load_distilled
@@ -320,7 +320,10 @@ def distill(real, config, out, budget=math.inf):
     total = config["outer"] * config["inner"]
     started = time.monotonic() - 60 * run.minutes
     autosave = files.Autosave(seconds=60)
-    with tqdm(total=total, initial=len(run.losses), desc=config["method"], disable=None) as bar:
+    epoch = len(run.losses) // config["inner"]
+    recorded = curves.recorded(out / "curves.csv", config["method"], epoch)
+    with recorded as curve, Bar(config["method"], total, len(run.losses), "iteration", leave=True) as bar:
+        first = len(run.losses), time.monotonic()  # of the epoch
         while len(run.losses) < total and run.minutes < budget:
             try:
                 iterate(run, real, members, config)
@@ -329,12 +332,26 @@ def distill(real, config, out, budget=math.inf):
                 raise
             run.minutes = float(ranks.broadcast((time.monotonic() - started) / 60))
             bar.total = int(min(total, len(run.losses) * budget / run.minutes))  # what will be done, for the time left
-            bar.set_postfix(loss=f"{run.losses[-1]:.4g}", refresh=False)
-            bar.update()
+            bar.update(loss=f"{run.losses[-1]:.4g}")
+            if len(run.losses) % config["inner"] == 0:
+                curve.add(**curve_row(run, config, *first))
+                first = len(run.losses), time.monotonic()
             if autosave.due():
+                curve.flush()
                 save_run(run, out, config)
+        bar.say()
     save_run(run, out, config)
     return run
+
+
+def curve_row(run, config, first, began):
+    """The row of curves.csv of the epoch just finished: the iterations with one network, since the time `began` from
+    number `first` on. Images are the real ones matched."""
+    step, inner = len(run.losses), config["inner"]
+    images = (step - first) * config["real_images"] * len(run.images)
+    return {"step": step, "epoch": step // inner, "loss": statistics.mean(run.losses[-inner:]),
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "images_per_second": round(images / (time.monotonic() - began), 1)}
 
 
 #############################################
@@ -421,6 +438,7 @@ def parsed_arguments():
     flag("--seed", type=cli.seed, default=0)
     flag("--out", type=cli.folder, help="folder (distilled/<dataset>_ipc<ipc>)")
     flag("--budget", type=within(0), default=math.inf, metavar="MINUTES", help="stop then, keeping the set so far")
+    cli.log_flag(parser)
     cli.device_flags(parser)
     method_flags(parser)
     measure_flags(parser)

@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, jvp
-from tqdm import tqdm
 
 from common import cli, files, graph, ranks, tickets
+from common.bars import Bar, along
 from common.endpoints import check_apart, endpoint, real_recipe, result_names, train_ahead
 from common.errors import UserError
 from common.evaluation import mean_and_std
@@ -599,7 +599,7 @@ def measure_exact(model, images, labels, mask, generator):
     hessian = Hessian(model, images, labels, mask)
     top = hessian.top_eigenvalue(generator)
     own = labels[own_images()]
-    with tqdm(total=len(own), desc="diagonal", unit="image", disable=None, leave=False) as bar:
+    with Bar("diagonal", len(own), unit="image") as bar:
         *parts, method = exact_diagonal(model, images[own_images()], own, mask, bar.update)
     for part in parts:
         for h in part.values():
@@ -618,12 +618,11 @@ def measure_estimate(model, images, labels, mask, weights, probes, generator):
     """As measure_exact, but from `probes` random vectors and exact entries of `weights` random weights: no diagonals."""
     hessian = Hessian(model, images, labels, mask)
     top = hessian.top_eigenvalue(generator)
-    bar = partial(tqdm, disable=None, leave=False)
-    D, loss_traces = map(torch.stack, zip(*(hessian.probe(generator) for _ in bar(range(probes), desc="probes"))))
+    D, loss_traces = map(torch.stack, zip(*(hessian.probe(generator) for _ in along(range(probes), "probes"))))
     shared = {"top_eigenvalue": top} | trace_figures(D.sum(1).double(), loss_traces.double())
     survivors = len(hessian.chosen)
     sample = hessian.chosen[torch.randperm(survivors, generator=generator)[:weights].to(images.device)]
-    entries = ranks.sum_over_ranks_(torch.stack([hessian.entry(i) for i in bar(sample, desc="weights")]))
+    entries = ranks.sum_over_ranks_(torch.stack([hessian.entry(i) for i in along(sample, "weights")]))
     figures = {}
     for scope, total in totals(mask).items():
         of_sample = sample_figures(entries, survivors, total)

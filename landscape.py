@@ -36,9 +36,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common import cli, evaluation, files, ranks, tickets
+from common.bars import Bar
 from common.data import Dataset, fixed_subset
 from common.distilled import embedded_distilled, load_distilled
 from common.endpoints import endpoint, real_recipe, result_names, train_ahead
@@ -136,7 +136,7 @@ def survey(path, planes, grids, scorers, permits, about, earlier=None):
     def save():
         files.save(path, pack(scores, done, about, size))
 
-    with tqdm(total=done.size, initial=int(done.sum()), desc="surface", unit="point", disable=None, leave=False) as bar:
+    with Bar("surface", done.size, int(done.sum()), "point") as bar:
         def progress(count):
             bar.update(count)
             if autosave.due():

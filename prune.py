@@ -4,6 +4,7 @@
     python prune.py --data real                      IMP: the same loop on real data
     python prune.py --data subset                    control: as few random real images as the distilled set has
     python prune.py --data random                    control: random masks of the same sparsities, no training
+    python prune.py --score snip --rounds 1 --sparsity .9      at initialisation, by one look at the same images
 
 Train, remove the 20% of the remaining weights that are smallest, rewind the rest to initialisation, repeat.
 Every round leaves a mask in --out (r0.pt is the dense network) that stability.py, landscape.py and hessian.py read;
@@ -26,6 +27,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while PyTorch is imported
 
 import copy
+import fnmatch
 import math
 import sys
 import time
@@ -37,17 +39,18 @@ from common import cli, evaluation, files, ranks, training
 from common.cli import at_least, positive, within
 from common.data import DATASETS, Dataset, load_real, random_subset
 from common.distilled import embedded_distilled, load_distilled
-from common.endpoints import real_recipe
+from common.endpoints import check_apart, real_recipe
 from common.errors import UserError
-from common.evaluation import mean_and_std
-from common.masks import dense_mask, magnitude_mask, overlap
-from common.networks import aliases, build_network, check_network, prunable
+from common.masks import dense_mask, magnitude_mask, overlap, pruned, shuffled
+from common.networks import aliases, build_network, check_network, prunable, roles
+from common.figures import draw_comparison, draw_runs
+from common.scores import PASSES, SCORES, scores_of
 from common.streams import random_stream
-from common.tickets import (changed_setting, family_names, fingerprint, load_ticket, make_ticket, round_files,
+from common.tickets import (changed_setting, fingerprint, load_ticket, make_ticket, portable_state, round_files,
                             tensors_sha)
 
 DEFAULTS = dict(rounds=10, rate=.2, scope="global", rewind=0, rewind_what="all", seed=0, epochs=300, eval_epochs=300,
-                eval_lr=None, eval_batch_size=None,
+                eval_lr=None, eval_batch_size=None, score=None, shuffle=None, keep=None,
                 **training.Recipe._field_defaults)  # the paper's, on real data
 PRESETS = {
     "paper": dict(model="resnet18", width=None, train_images=None, lr=.01),
@@ -56,7 +59,8 @@ PRESETS = {
 PAPER_EPOCHS = {"distilled": 1000, "subset": 1000, "real": 300, "random": 0}
 QUICK_IMAGES = {"distilled": 24_000, "subset": 24_000, "real": 120_000, "random": 0}  # shown in quick's epochs
 COLUMNS = ("round", "sparsity", "remaining", "training_points", "train_loss", "train_accuracy",
-           "test_loss", "test_accuracy", "seconds")  # seconds: since the last stop within the round
+           "test_loss", "test_accuracy", "seconds",  # since the last stop within the round
+           "sparsity_of_all")  # parameters, biases and norms too
 MAY_CHANGE = {"rounds", "sparse"}  # in a run that goes on: more rounds leave those that are there; old configs' sparse
 
 #############################################
@@ -72,6 +76,7 @@ def search(model, data, config, out, real=None, start=None, evaluate=()):
     results.csv after every round; finished rounds in it are taken as they are. Returns the rows of results.csv.
     """
     rows, seconds = [], read_seconds(out)
+    total = sum(p.numel() for p in model.parameters())
     first = start["round"] if start else 0
     for number in range(first, config["rounds"] + 1):
         began = time.perf_counter()
@@ -82,19 +87,20 @@ def search(model, data, config, out, real=None, start=None, evaluate=()):
         elif number == first:
             ticket = first_ticket(path, model, config, real, start)
         else:
-            weights, results = train_round(path, model, ticket, config, data)
-            masks = magnitude_mask(weights, ticket["masks"], config["rate"], config["scope"])
-            say_what_is_gone(number, ticket["masks"], masks)
-            init = rewound(model, ticket["init"], masks, config["rewind_what"])
+            found = as_found(ticket)
+            masks, results = pruning_round(path, model, found, config, data)
+            say_what_is_gone(number, found["masks"], masks)
+            init = rewound(model, found["init"], prunable(model), config["rewind_what"])
             ticket = make_ticket(number, masks, init, config, results)
         if not finished:
+            ticket = checked(ticket, config)
             files.save(path, ticket)
             seconds[number] = time.perf_counter() - began
         if number in evaluate and "test_accuracy" not in ticket["results"]:
             ticket["results"] |= evaluate_ticket(path, model, ticket, config, *real)
             files.save(path, ticket)
         unfinished(path).unlink(missing_ok=True)
-        rows.append(row_of(ticket, seconds.get(number, math.nan)))
+        rows.append(row_of(ticket, seconds.get(number, math.nan), total))
         files.save_csv(out / "results.csv", rows)
         ranks.current().step()
     return rows
@@ -106,7 +112,14 @@ def check_search(model, data, real, config, evaluate):
     if split:
         count = min(2, config["batch_size"], len(split))
         check_network(model, *split.batch(slice(0, count)), config.get("num_classes"))
-    total = sum(weight.numel() for weight in prunable(model).values())
+    unknown = [pattern for pattern in config["keep"] or () if not fnmatch.filter(prunable(model), pattern)]
+    if unknown:
+        raise UserError(f"--keep {unknown[0]} fits none of the prunable weights: {', '.join(prunable(model))}")
+    total = sum(weight.numel() for weight in prunable(model, config["keep"]).values())
+    if total == 0:
+        raise UserError(f"--keep {' '.join(config['keep'])} leaves nothing to prune")
+    if config["score"] and data is None:
+        raise UserError("--score with --data random: random masks have no score; give other data")
     if round(config["rate"] * total) == 0:
         raise UserError(f"--rate {config['rate']:g} of {total:,} weights removes none")
     late = [number for number in evaluate if number > config["rounds"]]
@@ -126,6 +139,9 @@ def say_what_is_gone(number, before, masks):
 
 def first_ticket(path, model, config, real, start):
     """Round 0: all weights survive, at initialisation or after `rewind` epochs on real data; or the `start` ticket."""
+    dense = dense_mask(model, config["keep"])
+    if start and start["masks"].keys() != dense.keys():
+        raise UserError(f"--keep: the start mask prunes {', '.join(start['masks'])}; wanted {', '.join(dense)}")
     if start:
         images_seen = start["results"].get("training_points", 0)
         return make_ticket(start["round"], start["masks"], start["init"], config, {"training_points": images_seen})
@@ -135,25 +151,50 @@ def first_ticket(path, model, config, real, start):
         trained = train("rewind point", path, model, real[0], config, real_recipe(config), stream,
                         until=config["rewind"])
         images_seen = trained.images_seen
-    return make_ticket(0, dense_mask(model), copied(model.state_dict()), config, {"training_points": images_seen})
+    return make_ticket(0, dense, copied(model.state_dict()), config, {"training_points": images_seen})
 
 
-def train_round(path, model, ticket, config, data):
-    """Train a ticket's network: (weights {name: tensor} whose magnitudes decide, results) of the next round.
+def pruning_round(path, model, ticket, config, data):
+    """(masks, results) of the next round: by the weights of a ticket's trained network, or their scores untrained.
 
-    Without data the weights are random numbers.
+    Without data the weights are ranked at random.
     """
-    number = ticket["round"] + 1
+    number, before = ticket["round"] + 1, ticket["masks"]
     stream = random_stream(config["seed"], "round", number)
     model.load_state_dict(ticket["init"])
     if data is None:
-        weights = {name: torch.rand(m.shape, generator=stream).to(m.device) for name, m in ticket["masks"].items()}
-        return weights, {"training_points": 0}
+        drawn = {name: torch.rand(kept.shape, generator=stream).to(kept.device) for name, kept in before.items()}
+        return pruned(drawn, before, config["rate"], config["scope"]), {"training_points": 0}
+    images_seen = ticket["results"]["training_points"]
+    if config["score"]:
+        scores = scores_of(config["score"], model, before, data)
+        results = {"training_points": images_seen + PASSES[config["score"]] * len(data)}
+        return pruned(scores, before, config["rate"], config["scope"]), results
     recipe = training.recipe_of(config, config["epochs"])
-    trained = train(f"round {number}", path, model, data, config, recipe, stream, ticket["masks"])
-    images_seen = ticket["results"]["training_points"] + trained.images_seen
-    return prunable(model), {"training_points": images_seen, "train_loss": trained.loss,
-                             "train_accuracy": trained.accuracy}
+    trained = train(f"round {number}", path, model, data, config, recipe, stream, before)
+    results = {"training_points": images_seen + trained.images_seen, "train_loss": trained.loss,
+               "train_accuracy": trained.accuracy}
+    return magnitude_mask(prunable(model), before, config["rate"], config["scope"]), results
+
+
+def checked(ticket, config):
+    """The ticket of Frankle et al. 2021's sanity checks: the mask permuted within each layer, the weights drawn anew.
+
+    What was found instead, and is gone on from, stays in it as "found".
+    """
+    changed = {}
+    if config["shuffle"]:
+        changed["masks"] = shuffled(ticket["masks"], random_stream(config["seed"], "shuffle", ticket["round"]))
+    if config.get("reinit") is not None:
+        fresh = build_network(config, config["reinit"]).state_dict()
+        changed["init"] = {name: fresh[name].to(value.device) for name, value in ticket["init"].items()}
+    found = {"found": {key: ticket[key] for key in changed}} if changed else {}
+    return ticket | changed | found
+
+
+def as_found(ticket):
+    """The ticket as it was before its sanity checks."""
+    return ticket | ticket.get("found", {})
 
 
 def rewound(model, init, weights, what):
@@ -176,6 +217,7 @@ def evaluate_ticket(path, model, ticket, config, train_split, test_split):
     model.load_state_dict(ticket["init"])
     train(f"evaluate r{number}", path, model, train_split, config, real_recipe(config), stream, ticket["masks"])
     score = evaluation.evaluate(model, test_split)
+    files.save(path.with_name(f"trained_{path.name}"), model.state_dict())
     return {"test_loss": score.loss, "test_accuracy": score.accuracy}
 
 
@@ -190,8 +232,8 @@ def train(title, path, model, split, config, recipe, stream, mask=None, until=No
 
 
 def unfinished(path):
-    """Where a round, its rewind point or its evaluation is kept while it is trained: r<n>.training.pt."""
-    return path.with_suffix(".training.pt")
+    """Where a round, its rewind point or its evaluation is kept while it is trained: training_r<n>.pt."""
+    return path.with_name(f"training_{path.name}")
 
 
 def find_masks(model, data, out="masks", real=None, start=None, evaluate=(), overwrite=False, **settings):
@@ -211,6 +253,7 @@ def find_masks(model, data, out="masks", real=None, start=None, evaluate=(), ove
     if unknown:
         raise UserError(f"no setting {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
     config = DEFAULTS | settings
+    config["keep"] = list(config["keep"]) if config["keep"] else None
     if real is None and (evaluate or config["rewind"]):
         raise UserError("to evaluate or to rewind, give real=(train, test)")
     images = {} if data is None else {"images": data.images, "labels": data.labels}
@@ -229,11 +272,12 @@ def find_masks(model, data, out="masks", real=None, start=None, evaluate=(), ove
 #############################################
 
 
-def row_of(ticket, seconds):
-    """The row of results.csv of a ticket; what is not known of it is empty."""
+def row_of(ticket, seconds, parameters):
+    """The row of results.csv of a ticket of so many parameters; what is not known of it is empty."""
     remaining = sum(int(kept.sum()) for kept in ticket["masks"].values())
+    gone = sum(int((~kept).sum()) for kept in ticket["masks"].values())
     known = ticket["results"] | {"round": ticket["round"], "sparsity": ticket["sparsity"], "remaining": remaining,
-                                 "seconds": round(seconds, 2)}
+                                 "seconds": round(seconds, 2), "sparsity_of_all": gone / parameters}
     return {column: known.get(column, "") for column in COLUMNS}
 
 
@@ -245,13 +289,26 @@ def read_seconds(out):
 
 
 def print_table(rows):
-    line = "{:>5} {:>8} {:>10} {:>12} {:>10} {:>9} {:>8}"
-    styles = {"round": "d", "sparsity": ".2%", "remaining": ",d", "training_points": ",d", "train_loss": ".3f",
-              "train_accuracy": ".2%", "test_accuracy": ".2%"}
-    print(line.format("round", "sparsity", "remaining", "images seen", "train loss", "train acc", "test acc"))
+    line = "{:>5} {:>8} {:>8} {:>10} {:>12} {:>10} {:>9} {:>8}"
+    styles = {"round": "d", "sparsity": ".2%", "sparsity_of_all": ".2%", "remaining": ",d", "training_points": ",d",
+              "train_loss": ".3f", "train_accuracy": ".2%", "test_accuracy": ".2%"}
+    print(line.format("round", "sparsity", "of all", "remaining", "images seen", "train loss", "train acc", "test acc"))
     for row in rows:
         cells = ["" if row[column] == "" else format(row[column], style) for column, style in styles.items()]
         print(line.format(*cells))
+
+
+def print_parameters(model, keep):
+    """The table of all parameters: which of them are prunable, and why the others are not."""
+    role_of, parameters = roles(model, keep), dict(model.named_parameters())
+    width = max(map(len, parameters))
+    print(f"{'parameter':<{width}} {'shape':<18} {'number':>11}")
+    for name, parameter in parameters.items():
+        shape = " x ".join(map(str, parameter.shape))
+        print(f"{name:<{width}} {shape:<18} {parameter.numel():>11,}  {role_of[name]}")
+    total = sum(parameter.numel() for parameter in parameters.values())
+    weights = sum(weight.numel() for weight in prunable(model, keep).values())
+    print(f"prunable: {weights:,} of {total:,} parameters, {weights / total:.1%}")
 
 
 def prepare_folder(out, config, overwrite):
@@ -261,7 +318,8 @@ def prepare_folder(out, config, overwrite):
     if other and claimed and not overwrite:
         raise UserError(f"{out} holds another run ({other}); choose another --out, or --overwrite")
     if other:
-        for old in [*round_files(out), *out.glob("r*.training.pt"), out / "results.csv"]:
+        networks = [*out.glob("training_r*.pt"), *out.glob("trained_r*.pt")]
+        for old in [*round_files(out), *networks, out / "results.csv", out / "curves.csv"]:
             old.unlink(missing_ok=True)
     files.save(out / "config.json", config)
 
@@ -276,96 +334,6 @@ def other_run(out, config):
     return f"{key} {earlier.get(key)} -> {config.get(key)}" if key else ""
 
 
-def run_folders(folder):
-    """The folders with results.csv of one run: the seeds' below it, or itself. Raises UserError."""
-    folder = Path(folder)
-    tables = [*folder.glob("results.csv"), *sorted(folder.glob("seed*/results.csv"))]
-    if not tables:
-        raise UserError(f"{folder}: no results.csv of prune.py in it, nor in seed folders below")
-    return [table.parent for table in tables]
-
-
-#############################################
-#                 Pictures                  #
-#############################################
-
-
-def draw_runs(folders, path):
-    """Fig. 2: accuracy (mean and standard deviation over seeds) and images seen against sparsity."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    runs = [[read_results(seed) for seed in run_folders(folder)] for folder in folders]
-    rows = [row for run in runs for table in run for row in table]
-    tested = any("test_accuracy" in row for row in rows)
-    names = family_names([config_of_run(folder) for folder in folders])
-    for i, (label, run) in enumerate(zip(names, runs)):
-        if len(run) > 1:
-            label += f" ({len(run)} seeds)"
-        style = dict(color=f"C{i}", ls=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], label=label)
-        draw_accuracy(left, by_round(run), "test_accuracy" if tested else "train_accuracy", style)
-        draw_images_seen(right, by_round(run), style)
-    left.set_ylabel("test accuracy after training on real data (%)" if tested else "accuracy on the pruning data (%)")
-    right.set_ylabel("training points seen to reach the mask")
-    right.set_yscale("log")
-    for axes in (left, right):
-        remaining_axis(axes, min(1 - row["sparsity"] for row in rows))
-        axes.grid(alpha=.3)
-        if axes.has_data():
-            axes.legend(fontsize=8)
-    files.save(path, figure)
-
-
-def read_results(folder):
-    """The rows of a run's results.csv. Raises UserError."""
-    return files.read_csv(folder / "results.csv", ("round", "sparsity", "training_points"))
-
-
-def config_of_run(folder):
-    """The config of a run; of its first seed. Raises UserError when its seeds differ in more than the seed."""
-    configs = [files.read_settings(seed / "config.json") for seed in run_folders(folder)]
-    if len(set(family_names(configs))) > 1:
-        raise UserError(f"{folder} holds different runs: {' and '.join(sorted(set(family_names(configs))))}; only seeds "
-                        "are averaged")
-    return configs[0]
-
-
-def by_round(run):
-    """The rows of all seeds of a run (a list of tables), round by round of the first seed."""
-    rows = [row for table in run for row in table]
-    numbers = sorted({row["round"] for row in run[0]})
-    return [[row for row in rows if row["round"] == number] for number in numbers]
-
-
-def draw_accuracy(axes, rounds, measure, style):
-    """Mean and standard deviation over seeds, in the rounds in which all of them have it."""
-    complete = [rows for rows in rounds if all(measure in row for row in rows)]
-    if complete:
-        remaining = [1 - rows[0]["sparsity"] for rows in complete]
-        scores = [mean_and_std([100 * row[measure] for row in rows]) for rows in complete]
-        means, deviations = zip(*scores)
-        axes.errorbar(remaining, means, deviations, capsize=3, **style)
-
-
-def draw_images_seen(axes, rounds, style):
-    firsts = [rows[0] for rows in rounds if rows[0]["training_points"]]
-    if firsts:
-        remaining = [1 - row["sparsity"] for row in firsts]
-        axes.plot(remaining, [row["training_points"] for row in firsts], **style)
-
-
-def remaining_axis(axes, lowest):
-    """A logarithmic axis of the fraction of weights remaining, dense at the left, labelled as the field does."""
-    ticks = [.8 ** n for n in range(1 + round(math.log(lowest, .8)))]
-    ticks = ticks[::math.ceil(len(ticks) / 11)]
-    axes.set_xscale("log")
-    axes.set_xlim(1.08, lowest * .92)
-    axes.minorticks_off()
-    axes.set_xticks(ticks, [f"{100 * t:.3g}" for t in ticks])
-    axes.set_xlabel("weights remaining (%)")
-
-
 #############################################
 #             Comparing two runs            #
 #############################################
@@ -375,7 +343,8 @@ def compare_rounds(one, other):
     """Rows, one a layer and one in all, of two tickets' sparsities and overlap. Raises UserError."""
     shapes = [{name: m.shape for name, m in ticket["masks"].items()} for ticket in (one, other)]
     if shapes[0] != shapes[1]:
-        raise UserError(f"the two runs prune different networks: {one['config']['model']}, {other['config']['model']}")
+        raise UserError("the two runs prune different networks or layers: "
+                        f"{one['config']['model']}, {other['config']['model']}")
     counts = {name: overlap(one["masks"][name].cpu(), other["masks"][name].cpu()) for name in one["masks"]}
     counts["all"] = [sum(column) for column in zip(*counts.values())]
     rows = []
@@ -409,33 +378,18 @@ def compare(folder_a, folder_b, out):
     print(f"written: {out / 'compare.csv'}, {out / 'compare.png'}")
 
 
-def draw_comparison(rows, last, folders, path):
-    """Left: sparsity of each layer in the last round, both runs. Right: overlap in each round, a line a layer."""
-    from matplotlib.figure import Figure
+#############################################
+#                 Elsewhere                 #
+#############################################
 
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    layers = [row["layer"] for row in last]
-    names = [layer.removesuffix(".weight") for layer in layers]
-    for side, column, folder, hatch in ((-.2, "sparsity_a", folders[0], ""), (.2, "sparsity_b", folders[1], "//")):
-        places = [position + side for position in range(len(layers))]
-        left.bar(places, [100 * row[column] for row in last], .4, label=str(folder), hatch=hatch, edgecolor="white")
-    left.set_xticks(range(len(layers)), names, rotation=45 if len(layers) < 8 else 90, ha="right", fontsize=8)
-    left.set_ylabel(f"sparsity in round {last[0]['round']} (%)")
-    left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
-    remaining = {row["round"]: 1 - row["sparsity_a"] for row in rows if row["layer"] == "all"}
-    for i, (layer, name) in enumerate(zip(layers, names)):
-        ratios = [row["ratio"] for row in rows if row["layer"] == layer]
-        style = dict(ls=("-", "--", "-.", ":")[i % 4], lw=1)
-        if layer == "all":
-            style = dict(color="black", marker="o", lw=2)
-        right.plot(remaining.values(), ratios, label=name, **style)
-    right.axhline(1, color="grey", lw=.8)
-    remaining_axis(right, min(remaining.values()))
-    right.set_ylabel("shared survivors / expected if independent")
-    if len(layers) < 12:
-        right.legend(fontsize=8)
-    files.save(path, figure)
+
+def export(to, path):
+    """Write the ticket in the file `path` as a state dict of torch.nn.utils.prune, an endpoint as its state dict.
+
+    Raises UserError.
+    """
+    check_apart(to, [path])
+    files.save(to, portable_state(path))
 
 
 #############################################
@@ -443,11 +397,14 @@ def draw_comparison(rows, last, folders, path):
 #############################################
 
 
-def rate(text):
+def share_of(flag):
     """argparse type: a number between 0 and 1."""
-    if not 0 < float(text) < 1:
-        raise UserError(f"--rate {text}: must lie between 0 and 1, both excluded")
-    return float(text)
+    def number(text):
+        if not 0 < float(text) < 1:
+            raise UserError(f"{flag} {text}: must lie between 0 and 1, both excluded")
+        return float(text)
+
+    return number
 
 
 def parse(argv=None):
@@ -459,9 +416,12 @@ def parse(argv=None):
     flag("--out", type=cli.folder, default=Path("masks"),
          help="folder of masks, results.csv, config.json, prune.png (masks)")
     flag("--overwrite", action="store_true", help="replace another run in --out")
+    cli.log_flag(parser)
     flag("--plot", nargs="+", metavar="DIR", help="draw finished runs together in <out>/prune.png, without training")
     flag("--compare", nargs=2, metavar="DIR", help="overlap of two finished runs' masks in <out>/compare.csv and .png")
-    later = ("epochs", "eval_epochs", "lr", "augment", "cutmix")  # the preset and the images say
+    flag("--export", nargs=2, metavar=("TO", "FROM"),
+         help="write a mask file as a torch.nn.utils.prune state dict, or an endpoint as a state dict")
+    later = ("rate", "epochs", "eval_epochs", "lr", "augment", "cutmix")  # the preset and the images say
     parser.set_defaults(**DEFAULTS | dict.fromkeys(later))
     return parser.parse_args(argv)
 
@@ -488,7 +448,15 @@ def add_pruning_flags(parser):
     flag("--norm", choices=("instance", "batch", "none"), help="normalisation (convnet3: instance, resnets: batch)")
     flag = parser.add_argument_group("pruning").add_argument
     flag("--rounds", type=positive, help="the last round; those of a --start mask count (%(default)s)")
-    flag("--rate", type=rate, help="fraction of the remaining weights removed in a round (%(default)s)")
+    flag("--rate", type=share_of("--rate"), help="fraction of the remaining weights removed in a round (0.2)")
+    flag("--sparsity", type=share_of("--sparsity"),
+         help="instead of --rate: fraction of all prunable weights removed after the last round")
+    flag("--score", choices=SCORES,
+         help="prune untrained, by a score at initialisation; snip and grasp look at all images of --data (the papers "
+              "at ten a class, as a distilled set and --data subset have)")
+    flag("--keep", nargs="+", metavar="PATTERN", help="weights to leave dense, by name: linear.weight, 'conv1*'")
+    flag("--shuffle", action="store_true", help="sanity check: permute every round's mask within each layer")
+    flag("--reinit", type=cli.seed, metavar="SEED", help="sanity check: masks with weights drawn anew")
     flag("--scope", choices=("global", "layer"), help="rank weights over all layers or in each (%(default)s)")
     flag("--rewind", type=at_least(0), metavar="K",
          help="rewind to epoch K of dense training on real data (0: initialisation)")
@@ -525,14 +493,17 @@ def add_training_flags(parser):
 
 def config_of(args, preset):
     """The config of a run: flags, else those of the --start mask for the network, else the preset."""
-    elsewhere = {"data_dir", "evaluate", "preset", "sparse", "seeds", "device", "out", "overwrite", "plot", "compare"}
+    elsewhere = {"data_dir", "evaluate", "preset", "sparse", "log", "sparsity", "seeds", "device", "out", "overwrite",
+                 "plot", "compare", "export"}
     if not args.tf32:
         elsewhere.add("tf32")  # float32 needs no word
     config = {key: value for key, value in vars(args).items() if key not in elsewhere}
-    unset = PRESETS[preset] | {"dataset": "cifar10"}
+    unset = PRESETS[preset] | {"dataset": "cifar10", "rate": DEFAULTS["rate"]}
     started = files.load(args.start) if args.start else None
+    if args.sparsity:
+        unset["rate"] = rate_to(args, started)
     if isinstance(started, dict) and "config" in started:
-        unset |= {key: started["config"].get(key) for key in ("model", "width", "norm", "dataset", "image_size")}
+        unset |= {key: started["config"].get(key) for key in ("model", "width", "norm", "dataset", "image_size", "keep")}
         if ":" in str(unset["model"]) and config["model"] is None:
             raise UserError(f"{args.start}: its network is {unset['model']}; its code is run only when you name it: --model "
                             f"{unset['model']}")
@@ -542,6 +513,20 @@ def config_of(args, preset):
     if config["start"] and config["rewind"]:
         raise UserError("--rewind with --start: the mask file already holds its rewind point")
     return config
+
+
+def rate_to(args, started):
+    """The rate of a round after whose last one --sparsity is reached, from the dense network or a --start mask."""
+    if args.rate:
+        raise UserError("--rate with --sparsity: the sparsity to reach gives the rate of a round")
+    begun = {"round": 0, "sparsity": 0.}
+    if isinstance(started, dict) and "sparsity" in started:
+        begun = started
+    rounds = args.rounds - begun["round"]
+    if args.sparsity <= begun["sparsity"] or rounds < 1:
+        raise UserError(f"--sparsity {args.sparsity:g}: {args.start} is {begun['sparsity']:.2%} sparse in round "
+                        f"{begun['round']} already")
+    return 1 - ((1 - args.sparsity) / (1 - begun["sparsity"])) ** (1 / rounds)
 
 
 def load_data(config, data_dir, device, needs_real):
@@ -627,6 +612,9 @@ def main(argv=None):
     if args.compare:
         compare(*args.compare, args.out)
         return
+    if args.export:
+        export(*args.export)
+        return
     device = cli.start(args)
     preset = args.preset or ("paper" if device.type == "cuda" else "quick")
     config = config_of(args, preset)
@@ -634,8 +622,10 @@ def main(argv=None):
     distilled, real = load_data(config, args.data_dir, device, needs_real)
     fill_in_epochs(config, preset, distilled, real)
     chosen = "as asked" if args.preset else f"device {device.type}"
+    way = f"by {config['score']}" if config["score"] else f"of {config['epochs']} epochs"
     print(f"preset {preset} ({chosen}): {config['model']} on {config['dataset']}, {config['data']} data, "
-          f"{config['rounds']} rounds of {config['epochs']} epochs")
+          f"{config['rounds']} rounds {way}")
+    print_parameters(build_network(config, config["seed"]), config["keep"])
     for seed in ranks.share(args.seeds or [args.seed], "rounds of all seeds", config["rounds"] + 1):
         out = args.out / f"seed{seed}" if args.seeds else args.out
         run_seed(config | {"seed": seed}, out, args, distilled, real, device)

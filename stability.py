@@ -34,9 +34,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common import cli, evaluation, files, ranks, tickets
+from common.bars import Bar
 from common.data import fixed_subset
 from common.endpoints import check_apart, endpoint, real_recipe, result_names, train_ahead
 from common.errors import UserError
@@ -79,7 +79,7 @@ def line(model, a, b, parts, points=11, mask=None, refresh=None):
     point; without it they are interpolated like the weights.
     """
     coefficients = [(1 - alpha, alpha) for alpha in np.linspace(0, 1, points)]
-    with tqdm(total=points, desc="the line", unit="point", disable=None, leave=False) as bar:
+    with Bar("the line", points, unit="point") as bar:
         scores = evaluation.evaluate_points(model, [a, b], coefficients, parts, mask, refresh, bar.update)
     curves = {}
     for part, along in zip(("train", "test"), zip(*scores)):

@@ -11,21 +11,22 @@ The vocabulary, used everywhere:
     sparsity  the fraction of prunable weights removed
     config    a flat dict of plain values, saved with every result
 
-Prunable are the weights of every Conv2d and Linear, first and last layer included. "Paper" is
+Prunable are the weights of every convolution and linear layer, first and last included. "Paper" is
 "On Synthetic Data and Iterative Magnitude Pruning: a Linear Mode Connectivity Study", "IDC" is
 Kim et al. 2022, whose augmentation and distilled data the paper uses.
 
 The rooms, each using only those above it:
 
-    errors, interrupts, ranks, files, streams  ground: mistakes, signals, processes, atomic files, random numbers
+    errors, interrupts, bars, ranks   ground: mistakes, signals, how far work has come, several processes
+    files, curves, streams            atomic files, curves of trainings, random numbers
     networks, masks                   ConvNet3 and ResNets; mask algebra
     kernels/                          the Python side of csrc/: the ops, and faster views of a network
     augment, arrays, pictures, data   DSA and CutMix; what users' arrays and pictures mean; splits of real data
     graph                             any network as the operations of its forward pass
     distilled                         distilled sets of every published format
-    training, evaluation              SGD under a mask; losses of networks and of points
+    training, evaluation, scores      SGD under a mask; losses of networks and of points; what to prune without training
     matching, planes                  weight space: a network's units relabelled; planes through networks
-    tickets, endpoints                mask files; the networks trained from them
+    tickets, figures, endpoints       mask files; pictures of runs of prune.py; the networks trained from tickets
     cli                               flags, errors in one line, how a script starts
     embedded/                         digits, and distilled sets of CIFAR-10 and digits
 """

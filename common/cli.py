@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import interrupts, ranks
+from . import curves, interrupts, ranks
 from .errors import UserError, plain
 from .kernels import ops, views
 
@@ -51,10 +51,14 @@ def fail(error):
 
 
 def start(args):
-    """The device that --device names; from here on zeros are skipped as --sparse says. Raises UserError."""
+    """The device that --device names; from here on zeros are skipped as --sparse says, and curves go where --log says.
+
+    Raises UserError.
+    """
     views.skip_zeros.set(getattr(args, "sparse", None) or "auto")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     torch.backends.cudnn.deterministic = True  # one seed, one mask, on a GPU too
+    curves.choose_log(args.log)
     device = choose_device(args.device)
     ops.load()  # the kernels say once, before the work begins, what they are
     return device
@@ -147,6 +151,7 @@ def ticket_flags(parser):
     flag("--batch-size", type=positive, help="of training on real data (the mask's)")
     flag("--train-images", type=positive, help="use only so many real training images (the mask's)")
     sparse_flag(parser)
+    log_flag(parser)
     flag("--seed", type=seed, help="of the data orders (the mask file's)")
     device_flags(parser)
 
@@ -154,6 +159,11 @@ def ticket_flags(parser):
 def device_flags(parser):
     parser.add_argument("--device", help="(cuda when there is one, else cpu)")
     parser.add_argument("--tf32", action="store_true", help="let a GPU round products to TF32; its speed was not measured")
+
+
+def log_flag(parser):
+    parser.add_argument("--log", choices=("tensorboard",),
+                        help="write the curves of trainings, which are in curves.csv, to <folder>/tensorboard/ as well")
 
 
 def sparse_flag(parser):

@@ -6,9 +6,8 @@ from . import files, ranks, training
 from .errors import UserError
 from .networks import build_network
 from .streams import random_stream
-from .tickets import fingerprint
+from .tickets import ENDPOINT_FORMAT, fingerprint
 
-FORMAT = "lottery-endpoint-1"
 
 
 def result_names(ticket_at):
@@ -54,7 +53,7 @@ def endpoint(folder, name, ticket, split, order, recipe=None, seed=None, shared=
     seed = ticket["config"]["seed"] if seed is None else seed
     last, ending = (shared, f"_epoch{shared}.pt") if order is None else (recipe.epochs, f"_order{order}.pt")
     path = Path(folder, f"{name}{ending}")
-    identity = {"format": FORMAT, "mask_sha": fingerprint(ticket), "order": order, "seed": seed, "shared": shared,
+    identity = {"format": ENDPOINT_FORMAT, "mask_sha": fingerprint(ticket), "order": order, "seed": seed, "shared": shared,
                 "images": len(split), "data_fingerprint": ticket["config"].get("data_fingerprint"),
                 **recipe._asdict()}
     with files.locked(path.with_name(f".{path.name}.lock"), wait=True):

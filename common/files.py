@@ -54,8 +54,19 @@ def save(path, value):
     elif suffix == ".png":
         value.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     else:
-        torch.save(value, buffer)
+        torch.save(on_cpu(value), buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def on_cpu(value):
+    """`value` with the tensors in its dicts, lists and tuples on the CPU: a file opens on a machine without a GPU."""
+    if torch.is_tensor(value):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_cpu, value))
+    return value
 
 
 def save_csv(path, rows):

@@ -1,4 +1,5 @@
 """The paper's networks, and those of users: built by name, drawn from a seed, and what of them can be pruned."""
+import fnmatch
 import importlib
 import math
 import os
@@ -254,6 +255,9 @@ def reason_of(error):
 #############################################
 
 
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
 def weight_names(module):
     """The names of the weights that are pruned in a module: of convolutions, linear layers and attention."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
@@ -263,10 +267,11 @@ def weight_names(module):
     return []
 
 
-def prunable(model):
+def prunable(model, keep=()):
     """{name: weight parameter} of every convolution and linear layer, in the network's order.
 
-    A weight that several layers share is one parameter, under its first name. Frozen ones stay as they are.
+    A weight that several layers share is one parameter, under its first name. Frozen ones stay as they are, and so do
+    those whose name fits a pattern of `keep` (as file names do: "linear.*").
     """
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     weights = {}
@@ -275,7 +280,26 @@ def prunable(model):
             weight = module._parameters.get(name)
             if weight is not None and weight.requires_grad:
                 weights[first_names[id(weight)]] = weight
-    return weights
+    kept = {name for pattern in keep or () for name in fnmatch.filter(weights, pattern)}
+    return {name: weight for name, weight in weights.items() if name not in kept}
+
+
+def roles(model, keep=()):
+    """{name of every parameter: "prunable", or why it is not}."""
+    of_norms = {id(p) for module in model.modules() if isinstance(module, NORMS) for p in module.parameters()}
+    weights, pruned = prunable(model), prunable(model, keep)
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[name] = "not of a convolution or linear layer"
+        if "bias" in name.rpartition(".")[2]:
+            found[name] = "bias"
+        if id(parameter) in of_norms:
+            found[name] = "norm"
+        if not parameter.requires_grad:
+            found[name] = "frozen"
+        if name in weights:
+            found[name] = "prunable" if name in pruned else "kept dense"
+    return found
 
 
 def aliases(model):

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from .arrays import class_order, sides
+from .bars import along
 from .errors import UserError, listed
 from .files import check_memory, check_regular, reason
 
@@ -154,7 +154,7 @@ def read_folders(folders, size=None, channels=None, wanted=None):
     looks, labels = [], []
     for folder, listing in zip(folders, listings):
         files = [file for name in classes for file in listing[name]]
-        looks.append([look(file, surprises) for file in bar(files, f"looking at {folder.name}")])
+        looks.append([look(file, surprises) for file in along(files, f"looking at {folder.name}", delay=1)])
         labels.append(np.repeat(np.arange(len(classes)), [len(listing[name]) for name in classes]))
     everything = [its for part in looks for its in part]
     size = size or common_side(folders[0].parent, everything)
@@ -189,10 +189,6 @@ class Look(NamedTuple):
     grey: bool
 
 
-def bar(items, title):
-    return tqdm(items, desc=title, disable=None, delay=1, leave=False)
-
-
 def opened(file, read):
     """read(picture) of a file. Raises UserError for one that is damaged, or larger than any picture should be."""
     check_regular(file)
@@ -225,7 +221,7 @@ def look(file, surprises):
 def decode_all(looks, size, channels, title, surprises):
     """Images uint8 [N, channels, size, size] of pictures."""
     images = np.empty((len(looks), channels, size, size), np.uint8)
-    for image, its in zip(images, bar(looks, title)):
+    for image, its in zip(images, along(looks, title, delay=1)):
         image[:] = in_channels(decode(its.file, surprises, size), channels, its.file)
     return images
 

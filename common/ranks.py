@@ -9,7 +9,8 @@ from datetime import timedelta
 from typing import Callable, NamedTuple
 
 import torch
-from tqdm import tqdm
+
+from .bars import Bar
 
 
 class Ranks(NamedTuple):
@@ -97,9 +98,9 @@ def share(items, title, steps=1):
     def step(n=1):
         nonlocal left
         left -= n
-        bar.update(ranks.store.add(title, n) - bar.n)
+        bar.update(ranks.store.add(title, n) - bar.done)
 
-    with tqdm(total=len(items) * steps, desc=title, disable=None, leave=False) as bar:
+    with Bar(title, len(items) * steps) as bar:
         for i in range(ranks.rank, len(items), ranks.size):
             left, speech = steps, io.StringIO()
             with alone(step=step), silence(speech):

@@ -13,6 +13,8 @@ from .networks import build_network, check_network, prunable
 
 FORMAT = "lottery-mask-1"
 FILES_READ = {"dataset": "data_fingerprint", "distilled": "distilled_fingerprint", "start": "start_fingerprint"}
+ENDPOINT_FORMAT = "lottery-endpoint-1"
+SCORE_NAMES = {"magnitude": "magnitude at initialisation", "snip": "SNIP", "grasp": "GraSP", "synflow": "SynFlow"}
 # What a run goes on with, how its subnetworks are evaluated, how it is computed: not how its masks were found.
 SAME_FAMILY = {"seed", "rounds", "sparse", "eval_epochs", "eval_lr", "eval_batch_size", "amp", "compile", "data_dir"}
 
@@ -60,7 +62,7 @@ def wrong_setting(config):
               "eval_epochs": count}
     optional = {"width": count, "norm": text("instance", "batch", "none"), "train_images": count, "ipc": count,
                 "lr": between(0, 1e6), "momentum": between(0, 1), "weight_decay": between(0, 1e6), "batch_size": count,
-                "augment": text("dsa", "imagenet", "none"), "cutmix": between(0, 1)}
+                "augment": text("dsa", "imagenet", "none"), "cutmix": between(0, 1), "score": text()}
     for key, fits in (needed | optional).items():
         if not (fits(config.get(key)) or key in optional and config.get(key) is None):
             return key
@@ -72,8 +74,11 @@ def check_ticket(path, ticket, model=None, code=None):
     for key, kind in parts.items():
         if not isinstance(ticket.get(key), kind):
             raise UserError(f"{path}: mask file without {key}")
+    keep = ticket["config"].get("keep") or []
+    if not (isinstance(keep, list) and all(isinstance(pattern, str) for pattern in keep)):
+        raise UserError(f"{path}: keep {keep!r} in its config is not one of prune.py")
     network = described_network(path, ticket["config"], code) if model is None else model
-    masks = {name: torch.empty_like(weight, dtype=torch.bool) for name, weight in prunable(network).items()}
+    masks = {name: torch.empty_like(weight, dtype=torch.bool) for name, weight in prunable(network, keep).items()}
     for part, expected in ("masks", masks), ("init", network.state_dict()):
         wrong = difference(kinds(ticket[part]), kinds(expected))
         if wrong:
@@ -138,7 +143,7 @@ def from_torch_prune(path, state, config):
     wanted = model.state_dict()
     names = matched_names(path, plain, wanted, config["model"])
     init = {names[name]: value.to(wanted[names[name]].dtype) for name, value in plain.items()}
-    masks = dense_mask(model)
+    masks = dense_mask(model, config.get("keep"))
     for name, mask in state.items():
         if name.endswith("_mask"):
             masks[masked_weight(path, name, names, masks)] = hard_mask(path, name, mask)
@@ -183,7 +188,8 @@ def masked_weight(path, mask_name, names, masks):
     """Our name of the weight that a file's mask belongs to. Raises UserError for what is not pruned here."""
     name = names.get(mask_name.removesuffix("_mask"))
     if name not in masks:
-        raise UserError(f"{path}: {mask_name}: only the weights of convolutions and linear layers are pruned here; "
+        raise UserError(f"{path}: {mask_name}: only the weights of convolutions and linear layers are pruned here, and "
+                        "those that --keep leaves dense are not; "
                         f"prune.remove(module, {mask_name.removesuffix('_mask').rpartition('.')[2]!r}) before saving")
     return name
 
@@ -194,6 +200,25 @@ def hard_mask(path, name, mask):
         raise UserError(f"{path}: {name} is a soft mask, with values from {float(mask.min()):.3g} to "
                         f"{float(mask.max()):.3g}; wanted zeros and ones")
     return mask.bool().contiguous()
+
+
+def portable_state(path):
+    """What a file of this project holds, for use without it. Raises UserError.
+
+    Of a ticket the state dict of a network pruned by torch.nn.utils.prune (weight_orig, weight_mask, and all else as
+    it is), of an endpoint its state dict. No code of the network is run.
+    """
+    held = load(path)
+    known = isinstance(held, dict) and held.get("format")
+    if known == ENDPOINT_FORMAT and held.get("epochs_done") == held.get("epochs"):
+        return held["state"]
+    if known != FORMAT:
+        raise UserError(f"{path}: neither a mask file of prune.py nor a finished endpoint")
+    masks, init = held["masks"], held["init"]
+    if not masks.keys() <= init.keys():
+        raise UserError(f"{path}: masks without weights")
+    state = {f"{name}_orig" if name in masks else name: value for name, value in init.items()}
+    return state | {f"{name}_mask": kept.to(init[name].dtype) for name, kept in masks.items()}
 
 
 def fingerprint(ticket):
@@ -221,9 +246,20 @@ def family(config):
         return f"imported {config['imported']}"
     names = {"distilled": f"synthetic, {config.get('ipc')} a class", "real": "IMP",
              "subset": f"real subset, {config.get('ipc')} a class", "random": "random masks"}
-    rewound = f", rewound to epoch {config['rewind']}" if config.get("rewind") else ""
-    started = f", from {Path(config['start']).stem}" if config.get("start") else ""
-    return names.get(config.get("data"), "own data") + rewound + started
+    parts = [names.get(config.get("data"), "own data")]
+    if config.get("score"):
+        parts = [SCORE_NAMES.get(config["score"], config["score"])]
+    if config.get("score") in ("snip", "grasp"):  # the others look at no image
+        parts.append(names.get(config.get("data"), "own data").replace("IMP", "real data"))
+    if config.get("rewind"):
+        parts.append(f"rewound to epoch {config['rewind']}")
+    if config.get("start"):
+        parts.append(f"from {Path(config['start']).stem}")
+    if config.get("shuffle"):
+        parts.append("shuffled")
+    if config.get("reinit") is not None:
+        parts.append("drawn anew")
+    return ", ".join(parts)
 
 
 def family_names(configs):

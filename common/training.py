@@ -1,14 +1,15 @@
 """SGD under a mask: one loop for pruning rounds, evaluations and endpoints, which goes on from any step."""
 import math
+import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from . import files
+from . import curves, files, ranks
 from .augment import augmented
+from .bars import Bar
 from .errors import UserError
 from .interrupts import Stopped, deferred
 from .kernels import ops, views
@@ -171,40 +172,66 @@ def check_finite(model, recipe, training):
 #############################################
 
 
-def train_with_bar(title, model, split, recipe, generator, mask=None, until=None, training=None, save=None):
+def train_with_bar(title, model, split, recipe, generator, mask=None, until=None, training=None, save=None, curve=None):
     """`train` under a progress bar; `save(training)` is called every half a minute, and before Ctrl-C or SIGTERM stop.
 
-    An error says which training it came from.
+    `curve`, a curves.Curve, gets a row an epoch. An error says which training it came from.
     """
     autosave = files.Autosave()
-    done = training.epoch if training else 0
     total = recipe.epochs if until is None else until
     shown = f"{title} ({views.path(model, mask, recipe.skips_zeros)})"
-    bar = tqdm(initial=done, total=total, desc=shown, unit="epoch", disable=None, leave=False)
-    with bar, deferred() as asked_to_stop:
+    pace = Pace(training or Training(), recipe)
+    with Bar(shown, total, training.epoch if training else 0, "epoch") as bar, deferred() as asked_to_stop:
         def progress(training):
-            if training.epoch > bar.n:
-                bar.set_postfix(loss=f"{training.loss:.3f}", accuracy=f"{training.accuracy:.1%}", refresh=False)
-                bar.update()
+            if training.epoch > bar.done:
+                bar.update(loss=f"{training.loss:.3f}", accuracy=f"{training.accuracy:.1%}")
+                if curve:
+                    curve.add(training.epoch, **pace.row(training, len(split)))
+            elif bar.tick():
+                ranks.current().step(0)  # the bar of all ranks says its minute's line too
             if save and (asked_to_stop() or autosave.due()):
                 save(training)
             if asked_to_stop():
                 raise Stopped(asked_to_stop())
 
         try:
-            return train(model, split, recipe, generator, mask, until, training, progress)
+            trained = train(model, split, recipe, generator, mask, until, training, progress)
         except UserError as error:
             raise UserError(f"{title}: {error}") from error
+        bar.say()
+        return trained
+
+
+class Pace:
+    """Numbers of an epoch for its curve: where it stands, and how many images a second were trained on in it."""
+
+    def __init__(self, training, recipe):
+        self.recipe = recipe
+        self.images, self.time = training.images_seen + training.step * recipe.batch_size, time.monotonic()
+
+    def row(self, training, images):
+        """The row of the epoch just finished, of `images` images."""
+        now = time.monotonic()
+        speed = (training.images_seen - self.images) / (now - self.time)
+        self.images, self.time = training.images_seen, now
+        steps = training.epoch * len(batches(torch.arange(images), self.recipe.batch_size))
+        return {"step": steps, "loss": training.loss, "accuracy": training.accuracy,
+                "lr": self.recipe.learning_rate(training.epoch - 1), "images_per_second": round(speed, 1)}
 
 
 def train_saved(path, about, title, model, split, recipe, generator, mask=None, until=None, start=None):
-    """`train_with_bar`, leaving `about` and what `pack` says in the file `path`; goes on from such a dict, `start`."""
+    """`train_with_bar`, leaving `about` and what `pack` says in the file `path`; goes on from such a dict, `start`.
+
+    The epochs are written to curves.csv beside it.
+    """
     begun = unpack(start, model, generator) if start else None
 
     def save(training):
+        curve.flush()
         files.save(path, about | pack(training, model, generator))
 
-    return train_with_bar(title, model, split, recipe, generator, mask, until, begun, save)
+    with curves.recorded(path.with_name("curves.csv"), title, begun.epoch if begun else 0) as curve:
+        return train_with_bar(title, model, split, recipe, generator, mask, until, begun, save, curve)
 
 
 def pack(training, model, generator):

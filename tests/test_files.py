@@ -41,3 +41,11 @@ def test_autosave_is_due_once_in_its_seconds(monkeypatch):
     for now[0] in (110., 129., 131., 132., 160., 162.):
         due.append(autosave.due())
     assert due == [False, False, True, False, False, True]
+
+
+def test_tensors_are_saved_from_the_cpu(tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: moved.append(len(tensor)) or tensor)
+    files.save(tmp_path / "a.pt", {"a": torch.ones(1), "b": {"c": [torch.ones(2), (torch.ones(3), None)]}, "d": "text"})
+    assert moved == [1, 2, 3]
+    assert files.load(tmp_path / "a.pt")["b"]["c"][1][0].tolist() == [1, 1, 1]

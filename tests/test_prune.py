@@ -13,13 +13,15 @@ import torch
 from torch.nn.utils import prune as torch_prune
 
 import prune
-from common import files
-from common.data import Split
+from common import curves, files
+from common.data import Split, load_real
+from common.endpoints import endpoint
 from common.errors import UserError
-from common.masks import dense_mask, magnitude_mask, overlap, sparsity
+from common.evaluation import evaluate
+from common.masks import apply_mask, dense_mask, magnitude_mask, overlap, sparsity
 from common.networks import build_network, prunable
 from common.streams import random_stream
-from common.tickets import FORMAT, fingerprint, load_ticket
+from common.tickets import FORMAT, family, fingerprint, load_ticket
 from conftest import ROOT
 
 CONFIG = dict(model="convnet3", channels=3, image_size=32, num_classes=10)
@@ -138,8 +140,9 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_masks_results_and_pictures(finished):
     rows = table(finished)
-    assert {p.name for p in finished.iterdir()} == {"r0.pt", "r1.pt", "r2.pt", "r3.pt",
-                                                    "results.csv", "config.json", "prune.png"}
+    trained = {f"trained_r{number}.pt" for number in range(4)}
+    assert {p.name for p in finished.iterdir()} == trained | {"r0.pt", "r1.pt", "r2.pt", "r3.pt",
+                                                    "results.csv", "curves.csv", "config.json", "prune.png"}
     assert [float(r["sparsity"]) for r in rows] == pytest.approx([0, .2, .36, .488], abs=.002)
     assert [int(r["training_points"]) for r in rows] == [0, 400, 800, 1200]
     assert all(0 < float(r["test_accuracy"]) <= 1 for r in rows)
@@ -179,7 +182,7 @@ def dying(monkeypatch):
         def save_and_die(path, content):
             nonlocal number
             write(path, content)
-            if path.name.endswith(".training.pt"):
+            if path.name.startswith("training_"):
                 number -= 1
                 if number == 0:
                     raise Killed
@@ -187,7 +190,7 @@ def dying(monkeypatch):
         monkeypatch.setattr(files, "write_atomically", save_and_die)
 
     write, autosave = files.write_atomically, files.Autosave
-    monkeypatch.setattr(files, "Autosave", lambda: autosave(seconds=0))
+    monkeypatch.setattr(files, "Autosave", lambda seconds=0: autosave(seconds=0))
     return dying
 
 
@@ -207,7 +210,10 @@ def test_killed_again_and_again_within_rounds_it_ends_with_the_same_bits(run, dy
         one, two = load_ticket(path), load_ticket(Path("pieces", path.name))
         assert fingerprint(one) == fingerprint(two) and one["results"] == two["results"]
     whole, pieces = ([row | {"seconds": 0} for row in table(Path(folder))] for folder in ("whole", "pieces"))
-    assert whole == pieces and not list(Path("pieces").glob("*.training.pt"))
+    assert whole == pieces and not list(Path("pieces").glob("training_*"))
+    whole, pieces = ([row | {"images_per_second": 0} for row in curves.read(Path(folder, "curves.csv"))]
+                     for folder in ("whole", "pieces"))
+    assert whole == pieces and len(whole) == 1 + 2 * 2 + 2  # no epoch stands twice, and none is missing
 
 
 def test_an_unfinished_round_of_another_config_is_not_gone_on_with(finished, run, dying, tmp_path):
@@ -215,12 +221,12 @@ def test_an_unfinished_round_of_another_config_is_not_gone_on_with(finished, run
     with pytest.raises(Killed):
         run(*QUICK, "--rounds", 1, "--lr", .5, "--out", "theirs")
     Path("ours").mkdir()
-    shutil.copy("theirs/r1.training.pt", "ours")
+    shutil.copy("theirs/training_r1.pt", "ours")
     dying(0)
     run(*QUICK, "--rounds", 1, "--out", "ours")
     run(*QUICK, "--rounds", 1, "--out", "theirs", "--overwrite")
     for folder in ("ours", "theirs"):
-        assert not Path(folder, "r1.training.pt").exists()
+        assert not Path(folder, "training_r1.pt").exists()
         assert fingerprint(load_ticket(f"{folder}/r1.pt")) == fingerprint(load_ticket(finished / "r1.pt"))
 
 
@@ -273,6 +279,107 @@ def test_start_goes_on_from_a_mask_and_rewind_moves_the_initial_state(finished, 
     assert not torch.equal(late["conv1.weight"], load_ticket(finished / "r1.pt")["init"]["conv1.weight"])
 
 
+@pytest.mark.parametrize("score, images_seen", [("magnitude", 0), ("snip", 30), ("grasp", 60), ("synflow", 0)])
+def test_scores_prune_at_initialisation(score, images_seen, run):
+    command = [*QUICK, "--data", "subset", "--ipc", 3, "--score", score, "--sparsity", .9]
+    run(*command, "--rounds", 1, "--out", "one")
+    run(*command, "--rounds", 3, "--out", "three")
+    one, three = load_ticket("one/r1.pt"), load_ticket("three/r3.pt")
+    for ticket in (one, three):
+        assert ticket["sparsity"] == pytest.approx(.9, abs=2 / 364)
+        assert torch.equal(ticket["init"]["conv1.weight"], build_network(ticket["config"]).conv1.weight)
+    assert one["results"]["training_points"] == images_seen
+    assert three["results"]["training_points"] == 3 * images_seen
+    names = {"magnitude": "magnitude at initialisation", "snip": "SNIP, real subset, 3 a class",
+             "grasp": "GraSP, real subset, 3 a class", "synflow": "SynFlow"}
+    assert family(one["config"]) == names[score]
+    if score == "magnitude":
+        network = build_network(one["config"])
+        assert same_masks({0: one["masks"]}, {0: magnitude_mask(prunable(network), dense_mask(network), .9)})
+
+
+def test_sparsity_counts_from_the_start_mask(finished, run):
+    run(*QUICK, "--score", "synflow", "--start", finished / "r2.pt", "--rounds", 4, "--sparsity", .9)
+    assert load_ticket("masks/r4.pt")["sparsity"] == pytest.approx(.9, abs=.005)
+    with pytest.raises(UserError, match="sparse in round 2 already"):
+        run(*QUICK, "--start", finished / "r2.pt", "--rounds", 3, "--sparsity", .3)
+
+
+def test_sanity_checks_change_the_tickets_and_not_the_search(finished, run):
+    for rounds in (2, 3):  # the second command goes on
+        run(*QUICK, "--rounds", rounds, "--shuffle", "--reinit", 7, "--out", "checked")
+    fresh = build_network(load_ticket(finished / "r0.pt")["config"], 7).state_dict()
+    for number in range(4):
+        plain, checked = load_ticket(finished / f"r{number}.pt"), load_ticket(f"checked/r{number}.pt")
+        assert fingerprint(plain) == fingerprint(checked | checked["found"])
+        assert all(torch.equal(value, fresh[name]) for name, value in checked["init"].items())
+        for name, kept in plain["masks"].items():
+            assert kept.sum() == checked["masks"][name].sum()
+    assert not torch.equal(plain["masks"]["conv2.weight"], checked["masks"]["conv2.weight"])
+    assert family(checked["config"]) == "IMP, shuffled, drawn anew"
+
+
+def test_kept_layers_are_no_part_of_the_mask(run, capsys):
+    run(*QUICK, "--rounds", 2, "--keep", "linear.*", "conv1*", "--evaluate", 2, "--sparse", "on")
+    shown = capsys.readouterr().out
+    assert re.search(r"conv1.weight +4 x 1 x 3 x 3 +36  kept dense", shown)
+    assert re.search(r"conv2.weight +4 x 4 x 3 x 3 +144  prunable", shown)
+    assert re.search(r"norm2.weight +4 +4  norm", shown) and re.search(r"conv3.bias +4 +4  bias", shown)
+    assert "prunable: 288 of 410 parameters" in shown
+    ticket, trained = load_ticket("masks/r2.pt"), torch.load("masks/trained_r2.pt", weights_only=True)
+    assert list(ticket["masks"]) == ["conv2.weight", "conv3.weight"]
+    left = round(.8 * 288), round(.8 * round(.8 * 288))
+    assert [int(row["remaining"]) for row in table(Path("masks"))] == [288, *left]
+    assert float(table(Path("masks"))[2]["sparsity_of_all"]) == pytest.approx((288 - left[1]) / 410)
+    assert ticket["sparsity"] == 1 - left[1] / 288
+    assert trained["conv1.weight"].all() and not trained["conv2.weight"][~ticket["masks"]["conv2.weight"]].any()
+    run(*QUICK, "--start", "masks/r2.pt", "--rounds", 3, "--out", "on")  # keeps what the mask keeps
+    assert list(load_ticket("on/r3.pt")["masks"]) == ["conv2.weight", "conv3.weight"]
+    with pytest.raises(UserError, match="the start mask prunes conv2.weight, conv3.weight; wanted"):
+        run(*QUICK, "--start", "masks/r2.pt", "--rounds", 3, "--keep", "conv3*", "--out", "other")
+    assert not Path("other", "r2.pt").exists()
+
+
+def pruned_by_torch(ticket):
+    """The network of a ticket as torch.nn.utils.prune makes it, with masks of ones."""
+    network = build_network(ticket["config"], 99)
+    for name in ticket["masks"]:
+        layer, _, weight = name.rpartition(".")
+        torch_prune.identity(network.get_submodule(layer), weight)
+    return network
+
+
+def test_export_loads_into_a_network_pruned_by_torch_and_comes_back(finished, run):
+    run("--export", "pruned.pt", finished / "r3.pt")
+    ticket = load_ticket(finished / "r3.pt")
+    theirs, ours = pruned_by_torch(ticket), build_network(ticket["config"])
+    theirs.load_state_dict(torch.load("pruned.pt", weights_only=True))
+    ours.load_state_dict(ticket["init"])
+    apply_mask(ours, ticket["masks"])
+    images = torch.randn(5, 1, 8, 8, generator=random_stream(0))
+    assert torch.equal(theirs(images), ours(images))
+    assert fingerprint(load_ticket("pruned.pt", ticket["config"])) == fingerprint(ticket)
+    for wrong in ("pruned.pt", finished / "trained_r3.pt"):
+        with pytest.raises(UserError, match="neither a mask file"):
+            run("--export", "again.pt", wrong)
+    with pytest.raises(UserError, match="would replace this input"):
+        run("--export", finished / "r3.pt", finished / "r3.pt")
+
+
+def test_trained_networks_are_plain_states(finished, run):
+    ticket = load_ticket(finished / "r3.pt")
+    train_split, test_split = load_real(dict(ticket["config"]), "data")
+    network = build_network(ticket["config"])
+    network.load_state_dict(torch.load(finished / "trained_r3.pt", weights_only=True))
+    assert evaluate(network, test_split).accuracy == ticket["results"]["test_accuracy"]
+    trained = endpoint("runs", "r3", ticket, train_split, 0)
+    run("--export", "state.pt", "runs/r3_order0.pt")
+    network.load_state_dict(torch.load("state.pt", weights_only=True))
+    assert all(torch.equal(value, trained["state"][name]) for name, value in network.state_dict().items())
+    rows = curves.read(Path("runs", "curves.csv"))
+    assert [(row["what"], row["epoch"]) for row in rows] == [("r3_order0", "1"), ("r3_order0", "2")]
+
+
 def test_start_takes_a_torch_prune_state_dict(tmp_path, run):
     nn = torch.nn
     convolutions, linear = [nn.Conv2d(channels, 4, 3) for channels in (1, 4, 4)], nn.Linear(4, 10)
@@ -293,6 +400,8 @@ def test_start_takes_a_torch_prune_state_dict(tmp_path, run):
 
 def test_plot_and_compare(finished, tmp_path, run, capsys):
     run(*QUICK[:2], "--data", "random", "--width", 4, "--rounds", 3, "--out", "random")
+    rows = [{key: row[key] for key in row if key != "sparsity_of_all"} for row in table(tmp_path / "random")]
+    files.save_csv(tmp_path / "random" / "results.csv", rows)  # as earlier versions wrote it
     run("--plot", finished, "random", "--out", "figures")
     run("--compare", finished, "random", "--out", "figures")
     assert "expected" in capsys.readouterr().out
@@ -305,6 +414,8 @@ def test_plot_and_compare(finished, tmp_path, run, capsys):
     (("--dataset", "cifar10", "--data", "real", "--data-dir", "empty"), "--dataset digits"),
     (("--model", "vgg"), "vgg"),
     (("--start", "missing.pt"), "missing.pt"), (("--distilled", "missing.pt"), "missing.pt"), (("--width", "x"), "'x'"),
+    (("--keep", "conv7*"), "fits none"), (("--keep", "*"), "nothing to prune"), (("--sparsity", 1), "--sparsity 1"),
+    (("--rate", .2, "--sparsity", .9), "--rate with --sparsity"), (("--score", "snip", "--data", "random"), "no score"),
     (("--rewind", -1), "'-1'"), (("--plot", "nothing"), "nothing"), (("--compare", "a", "b"), "in common")])
 def test_bad_input_is_named_before_anything_is_written(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -422,12 +533,12 @@ def test_a_signal_within_a_round_saves_and_says_so(tmp_path, script, number, cod
     if process.returncode == 0:
         pytest.skip("it was done before the signal came")
     assert process.returncode == code and "stopped" in errors and "Traceback" not in errors
-    assert (tmp_path / "masks" / "r2.training.pt").exists()
+    assert (tmp_path / "masks" / "training_r2.pt").exists()
     for out in ("masks", "undisturbed"):
         assert script(*[Path(command[1]).name], *command[2:-1], out).returncode == 0
     ends = [load_ticket(tmp_path / out / "r2.pt")["masks"] for out in ("masks", "undisturbed")]
     assert all(torch.equal(ends[0][name], kept) for name, kept in ends[1].items())
-    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.training.pt"))
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("training_*"))
 
 
 def wait_for(path, process):

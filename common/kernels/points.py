@@ -57,7 +57,7 @@ def first_layer_of_points(model, states, mask=None):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     kernel, weight, bias = (names[id(p)] for p in (layer.conv.weight, layer.norm.weight, layer.norm.bias))
     kernels = torch.stack([state[kernel] for state in states])
-    if mask:
+    if kernel in (mask or {}):
         kernels *= mask[kernel]
 
     def first(coefficients, points, images):

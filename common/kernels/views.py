@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..masks import whole_mask
 from ..networks import ConvNet3, ResNet, blocks_of
 from ..streams import global_generators_kept, seed_everything
 from . import ops
@@ -30,6 +31,7 @@ def view(model, mask=None, skip=True, plans=None, sample=None):
     count = dense_blocks(model, mask if skip else None)
     if count is None:
         return Fused(model)
+    mask = whole_mask(model, mask)
     dense = [Fused(nn.Sequential(*map(model.get_submodule, block.modules()))) for block in blocks_of(model)[:count]]
     return SparseNetwork(model, mask, dense, plans)
 
@@ -44,7 +46,7 @@ def dense_blocks(model, mask):
     """How many blocks a sparse network begins with that are dense; None when it is all dense."""
     if not mask or skip_zeros.get() == "off" or not (supports(model) and is_known(model)):
         return None
-    count = 0 if skip_zeros.get() == "on" else first_sparse_block(model, mask)
+    count = 0 if skip_zeros.get() == "on" else first_sparse_block(model, whole_mask(model, mask))
     return count if count < len(blocks_of(model)) else None
 
 

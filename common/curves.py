@@ -1,0 +1,118 @@
+"""The course of a training, epoch by epoch: curves.csv beside its result, and TensorBoard's files if asked for."""
+import contextlib
+import contextvars
+import csv
+import io
+
+from . import files, ranks
+from .errors import UserError
+
+COLUMNS = ("what", "step", "epoch", "loss", "accuracy", "lr", "images_per_second")
+log = contextvars.ContextVar("log", default=None)  # where else: "tensorboard", or nowhere
+
+
+def choose_log(name):
+    """From here on curves go to `name` too, as --log says. Raises UserError when its package is missing."""
+    if name == "tensorboard":
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise UserError("--log tensorboard: the package is not there (pip install tensorboard)") from None
+    log.set(name)
+
+
+@contextlib.contextmanager
+def recorded(path, what, epoch=0):
+    """A Curve of the training `what` in the table `path`, which other trainings and processes append to as well.
+
+    The training goes on after `epoch`: what an earlier try left of later epochs is dropped.
+    """
+    if not ranks.is_first():
+        yield Curve(None, what, None)
+        return
+    drop_later(path, what, epoch)
+    curve = Curve(path, what, events_writer(path, what, epoch))
+    try:
+        yield curve
+    finally:
+        curve.flush()
+        if curve.events:
+            curve.events.close()
+
+
+class Curve:
+    """Rows of one training on their way to a table; `events` is TensorBoard's writer, or None."""
+
+    def __init__(self, path, what, events):
+        self.path, self.what, self.events = path, what, events
+        self.rows, self.autosave = [], files.Autosave(seconds=1)
+
+    def add(self, epoch, **values):
+        """The row of an epoch; `values` are the other columns but `what`. Written once a second, and by `flush`."""
+        self.rows.append({"what": self.what, "epoch": epoch} | values)
+        if self.events:
+            for name in values.keys() - {"step"}:
+                self.events.add_scalar(name, values[name], epoch)
+        if self.autosave.due():
+            self.flush()
+
+    def flush(self):
+        """Append the rows to the table, before anything is saved that goes on after them."""
+        if self.rows and self.path:
+            with table(self.path):
+                append(self.path, self.rows)
+        self.rows = []
+
+
+def table(path):
+    """A lock under which one process at a time changes the table."""
+    return files.locked(path.with_name(f".{path.name}.lock"), wait=True)
+
+
+def as_text(rows, header):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def append(path, rows):
+    """Add rows at the end of a table, with its header at the top. Raises UserError."""
+    try:
+        with open(path, "a", newline="") as file:
+            file.write(as_text(rows, header=file.tell() == 0))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read(path):
+    """The rows of a table, as text; a line that a killed process left unfinished is none."""
+    if not path.exists():
+        return []
+    whole, newline, _ = path.read_text().rpartition("\n")
+    reader = csv.DictReader(io.StringIO(whole + newline))
+    if whole and tuple(reader.fieldnames) != COLUMNS:
+        raise UserError(f"{path}: not a table of curves ({', '.join(COLUMNS)})")
+    return list(reader)
+
+
+def drop_later(path, what, epoch):
+    """Remove the epochs after `epoch` of the training `what` from a table."""
+    if not path.exists():
+        return
+    with table(path):
+        kept = [row for row in read(path) if row["what"] != what or int(row["epoch"]) <= epoch]
+        text = as_text(kept, header=True)
+        if text != path.read_text():
+            files.write_atomically(path, text.encode())
+
+
+def events_writer(path, what, epoch):
+    """TensorBoard's writer in <folder>/tensorboard/<what>, whose later epochs are dropped likewise; or None."""
+    if log.get() != "tensorboard":
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(path.parent / "tensorboard" / what.replace(" ", "_"), purge_step=epoch + 1)

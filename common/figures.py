@@ -1,0 +1,122 @@
+"""Figures of runs of prune.py: accuracy and images seen against sparsity (Fig. 2), two runs' masks (Sec. 6)."""
+import math
+from pathlib import Path
+
+from . import files
+from .errors import UserError
+from .evaluation import mean_and_std
+from .tickets import family_names
+
+
+def run_folders(folder):
+    """The folders with results.csv of one run: the seeds' below it, or itself. Raises UserError."""
+    folder = Path(folder)
+    tables = [*folder.glob("results.csv"), *sorted(folder.glob("seed*/results.csv"))]
+    if not tables:
+        raise UserError(f"{folder}: no results.csv of prune.py in it, nor in seed folders below")
+    return [table.parent for table in tables]
+
+
+def draw_runs(folders, path):
+    """Fig. 2: accuracy (mean and standard deviation over seeds) and images seen against sparsity."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    runs = [[read_results(seed) for seed in run_folders(folder)] for folder in folders]
+    rows = [row for run in runs for table in run for row in table]
+    tested = any("test_accuracy" in row for row in rows)
+    names = family_names([config_of_run(folder) for folder in folders])
+    for i, (label, run) in enumerate(zip(names, runs)):
+        if len(run) > 1:
+            label += f" ({len(run)} seeds)"
+        style = dict(color=f"C{i}", ls=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], label=label)
+        draw_accuracy(left, by_round(run), "test_accuracy" if tested else "train_accuracy", style)
+        draw_images_seen(right, by_round(run), style)
+    left.set_ylabel("test accuracy after training on real data (%)" if tested else "accuracy on the pruning data (%)")
+    right.set_ylabel("training points seen to reach the mask")
+    right.set_yscale("log")
+    for axes in (left, right):
+        remaining_axis(axes, min(1 - row["sparsity"] for row in rows))
+        axes.grid(alpha=.3)
+        if axes.has_data():
+            axes.legend(fontsize=8)
+    files.save(path, figure)
+
+
+def read_results(folder):
+    """The rows of a run's results.csv. Raises UserError."""
+    return files.read_csv(folder / "results.csv", ("round", "sparsity", "training_points"))
+
+
+def config_of_run(folder):
+    """The config of a run; of its first seed. Raises UserError when its seeds differ in more than the seed."""
+    configs = [files.read_settings(seed / "config.json") for seed in run_folders(folder)]
+    if len(set(family_names(configs))) > 1:
+        raise UserError(f"{folder} holds different runs: {' and '.join(sorted(set(family_names(configs))))}; only seeds "
+                        "are averaged")
+    return configs[0]
+
+
+def by_round(run):
+    """The rows of all seeds of a run (a list of tables), round by round of the first seed."""
+    rows = [row for table in run for row in table]
+    numbers = sorted({row["round"] for row in run[0]})
+    return [[row for row in rows if row["round"] == number] for number in numbers]
+
+
+def draw_accuracy(axes, rounds, measure, style):
+    """Mean and standard deviation over seeds, in the rounds in which all of them have it."""
+    complete = [rows for rows in rounds if all(measure in row for row in rows)]
+    if complete:
+        remaining = [1 - rows[0]["sparsity"] for rows in complete]
+        scores = [mean_and_std([100 * row[measure] for row in rows]) for rows in complete]
+        means, deviations = zip(*scores)
+        axes.errorbar(remaining, means, deviations, capsize=3, **style)
+
+
+def draw_images_seen(axes, rounds, style):
+    firsts = [rows[0] for rows in rounds if rows[0]["training_points"]]
+    if firsts:
+        remaining = [1 - row["sparsity"] for row in firsts]
+        axes.plot(remaining, [row["training_points"] for row in firsts], **style)
+
+
+def remaining_axis(axes, lowest):
+    """A logarithmic axis of the fraction of weights remaining, dense at the left, labelled as the field does."""
+    ticks = [.8 ** n for n in range(1 + round(math.log(lowest, .8)))]
+    ticks = ticks[::math.ceil(len(ticks) / 11)]
+    axes.set_xscale("log")
+    axes.set_xlim(1.08, lowest * .92)
+    axes.minorticks_off()
+    axes.set_xticks(ticks, [f"{100 * t:.3g}" for t in ticks])
+    axes.set_xlabel("weights remaining (%)")
+
+
+def draw_comparison(rows, last, folders, path):
+    """Left: sparsity of each layer in the last round, both runs. Right: overlap in each round, a line a layer."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    layers = [row["layer"] for row in last]
+    names = [layer.removesuffix(".weight") for layer in layers]
+    for side, column, folder, hatch in ((-.2, "sparsity_a", folders[0], ""), (.2, "sparsity_b", folders[1], "//")):
+        places = [position + side for position in range(len(layers))]
+        left.bar(places, [100 * row[column] for row in last], .4, label=str(folder), hatch=hatch, edgecolor="white")
+    left.set_xticks(range(len(layers)), names, rotation=45 if len(layers) < 8 else 90, ha="right", fontsize=8)
+    left.set_ylabel(f"sparsity in round {last[0]['round']} (%)")
+    left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
+    remaining = {row["round"]: 1 - row["sparsity_a"] for row in rows if row["layer"] == "all"}
+    for i, (layer, name) in enumerate(zip(layers, names)):
+        ratios = [row["ratio"] for row in rows if row["layer"] == layer]
+        style = dict(ls=("-", "--", "-.", ":")[i % 4], lw=1)
+        if layer == "all":
+            style = dict(color="black", marker="o", lw=2)
+        right.plot(remaining.values(), ratios, label=name, **style)
+    right.axhline(1, color="grey", lw=.8)
+    remaining_axis(right, min(remaining.values()))
+    right.set_ylabel("shared survivors / expected if independent")
+    if len(layers) < 12:
+        right.legend(fontsize=8)
+    files.save(path, figure)
