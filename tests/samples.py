@@ -1,5 +1,6 @@
 """Small networks, data and masks that several tests take."""
 import torch
+from PIL import Image
 
 from common.data import Split
 from common.networks import prunable
@@ -20,3 +21,13 @@ def blobs(n=60, size=8, classes=3, seed=0):
 def half_mask(model):
     """The mask of a random half of the weights."""
     return {name: torch.rand(weight.shape, generator=random_stream(9)) < .5 for name, weight in prunable(model).items()}
+
+
+def write_pictures(place, images, classes, parts=("train", "val")):
+    """<place>/<part>/<class>/<number>.png of arrays or PIL's pictures, in every part the same."""
+    for part in parts:
+        for i, (image, name) in enumerate(zip(images, classes)):
+            folder = place / part / str(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            picture = image if isinstance(image, Image.Image) else Image.fromarray(image.squeeze())
+            picture.save(folder / f"{i:05}.png")
