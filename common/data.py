@@ -170,10 +170,12 @@ def check_parts(place, parts, size=None):
     classes = int(labels.max()) + 1
     lowest = min(labels.min(), test_labels.min())
     if lowest < 0 or classes > len(labels):
-        raise UserError(f"{place}: labels from {lowest} to {classes - 1} for {len(labels)} images; classes count from 0")
+        raise UserError(f"{place}: labels from {lowest} to {classes - 1} for {len(labels)} images; classes count from "
+                        "0")
     empty = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if len(empty):
-        raise UserError(f"{place}: no training image of class {listed(empty)}, but of {classes - 1}; classes count from 0")
+        raise UserError(f"{place}: no training image of class {listed(empty)}, but of {classes - 1}; classes count "
+                        "from 0")
     if test_labels.max() >= classes:
         raise UserError(f"{place}: test labels reach {test_labels.max()}, training labels only {classes - 1}")
     return classes

@@ -250,11 +250,11 @@ def scaled(images, path):
     if low == high:
         raise UserError(f"{path}: all values of the images are {low:g}")
     if -.25 <= low and high <= 1.25:
-        return np.ascontiguousarray(images, np.float32), "in [0, 1]"
+        return np.array(images, np.float32, order="C"), "in [0, 1]"
     if -13 <= low and high <= 268 and (integers or high > 128):
-        return np.ascontiguousarray(images, np.float32) / np.float32(255), "in [0, 1]"
+        return np.array(images, np.float32, order="C") / np.float32(255), "in [0, 1]"
     if -20 <= low < -.25 and 1.25 < high <= 20 and abs(mean) <= 1 and not integers:
-        return np.ascontiguousarray(images, np.float32), "normalised"
+        return np.array(images, np.float32, order="C"), "normalised"
     raise UserError(f"{path}: values ({images.dtype}) go from {low:g} to {high:g}, their mean is {mean:.3g}; wanted "
                     "[0, 1], 0 to 255, or normalised to mean 0 and deviation 1")
 
@@ -281,8 +281,8 @@ def tiles_along_a_side(path, factor, size):
         source, factor = stored_factor(path)
     most = max(1, size // 2)
     if type(factor) is not int or not 1 <= factor <= most:
-        raise UserError(f"{source} {json.dumps(factor):.40}: wanted the number of tiles along a side of {size} pixels, 1 "
-                        f"to {most}; --factor says it")
+        raise UserError(f"{source} {json.dumps(factor):.40}: wanted the number of tiles along a side of {size} pixels, "
+                        f"1 to {most}; --factor says it")
     return factor
 
 
@@ -294,8 +294,8 @@ def stored_factor(path):
             continue
         settings = load(file)
         if not isinstance(settings, dict):
-            raise UserError(f"{file}: beside a distilled set, but no JSON object ({json.dumps(settings):.40}); --factor "
-                            "says how many tiles there are along a side")
+            raise UserError(f"{file}: beside a distilled set, but no JSON object ({json.dumps(settings):.40}); "
+                            "--factor says how many tiles there are along a side")
         return f"{file}: factor", settings.get("factor", 1)
     return "", 1
 

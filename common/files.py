@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def load_tensors(path, device="cpu"):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             check_memory(path, sum(member.file_size for member in archive.infolist()))
-    with torch.serialization.safe_globals(NUMPY):
+    with torch.serialization.safe_globals(NUMPY), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old and sparse tensors
         return torch.load(path, map_location=device, weights_only=True)
 
 
