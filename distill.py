@@ -432,6 +432,7 @@ def parsed_arguments():
     flag = parser.add_argument
     flag("--dataset", default="cifar10", help="name or folder, as in prune.py (cifar10)")
     flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
+    flag("--image-size", type=cli.side, help="side in pixels of images in class folders (the dataset's, or theirs)")
     flag("--ipc", type=positive, default=10, help="stored images per class (10)")
     flag("--factor", type=positive, help="tiles along a side of a stored image (2; digits 1, imagenet10 3)")
     flag("--method", choices=SETTINGS, help="(idc with CUDA, else dm)")
@@ -497,15 +498,17 @@ def main():
         raise UserError("--evaluate with --repeats 0 has nothing to do")
     device = cli.start(args)
     args.method = args.method or ("idc" if device.type == "cuda" else "dm")
-    config = {"dataset": args.dataset, "ipc": args.ipc, "method": args.method, "seed": args.seed}
+    config = {"dataset": args.dataset, "image_size": args.image_size, "ipc": args.ipc, "method": args.method,
+              "seed": args.seed}
     real, test = load_real(config, args.data_dir, device)
+    args.dataset = config["dataset"]  # of a path, the name
     if args.hold_out:
         real, test = set_aside(real, args.hold_out)
     config |= settings(args, config["image_size"])
     if args.evaluate:
         measure(args.evaluate, real, test, config, args)
         return
-    out = args.out or Path("distilled") / f"{Path(args.dataset).name}_ipc{args.ipc}"
+    out = args.out or Path("distilled") / f"{args.dataset}_ipc{args.ipc}"
     run = distill(real, config, out, args.budget)
     result = config | {"command": shlex.join(["python", *sys.argv]), "iterations": len(run.losses),
                        "minutes": round(run.minutes, 1)}

@@ -31,6 +31,7 @@ import itertools
 import json
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,10 +40,10 @@ import torch
 
 from common import cli, evaluation, files, ranks, tickets
 from common.bars import Bar
-from common.data import Dataset, fixed_subset
+from common.data import Dataset, fixed_subset, hardened
 from common.distilled import embedded_distilled, load_distilled
 from common.endpoints import endpoint, real_recipe, result_names, train_ahead
-from common.errors import UserError
+from common.errors import UserError, note
 from common.networks import build_network
 from common.planes import STATES_NEEDED, make_plane, square_grids, vectors
 from common.streams import random_stream
@@ -374,7 +375,13 @@ def distilled_split(chosen, train):
     shape = Dataset(config["channels"], config["image_size"], config["num_classes"], train.mean, train.std)
     ipc = config.get("ipc", 10)
     path = config.get("distilled") or embedded_distilled(config["dataset"], ipc)
-    return load_distilled(path, shape, ipc, config.get("factor"), train.labels.device)
+    split = load_distilled(path, shape, ipc, config.get("factor"), train.labels.device)
+    if config.get("distilled_fingerprint", split.fingerprint) != split.fingerprint:
+        raise UserError(f"{path} holds another set (fingerprint {split.fingerprint}) than the masks were found on "
+                        f"({config['distilled_fingerprint']})")
+    if split.labels.ndim == 2:
+        note(f"{path}: its labels are soft; losses are those of the likeliest classes")
+    return replace(split, labels=hardened(split.labels))
 
 
 def train_planes(ticket_at, train, names, args):

@@ -191,7 +191,7 @@ def test_wrong_distilled_sets_are_named(tmp_path, stored, name):
 FACTORS = (0, -1, None, [2], "2", 2.5, True, 17, 10 ** 30, {})
 
 
-@pytest.mark.parametrize("settings", ["[1]", "3", "null", "{", "", '"a"', *(json.dumps({"factor": x}) for x in FACTORS)])
+@pytest.mark.parametrize("settings", ["[1]", "3", "null", "{", ""] + [json.dumps({"factor": x}) for x in FACTORS])
 def test_a_strange_file_of_settings_is_named(tmp_path, stored, settings):
     torch.save([*stored], tmp_path / "data.pt")
     (tmp_path / "config.json").write_text(settings)
