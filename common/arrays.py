@@ -246,4 +246,9 @@ def from_text(columns, what):
     names = class_order({str(name) for text in texts for name in np.unique(text)})
     number = {name: i for i, name in enumerate(names)}
     numbers = [np.array([number[str(name)] for name in text], np.int64) for text in texts]
-    return numbers, [f"{what}: labels are text, numbered {listed((f'{i} {name}' for name, i in number.items()), 10)}"]
+    return numbers, [f"{what}: labels are text, numbered {numbered(names)}"]
+
+
+def numbered(names):
+    """Class names with their numbers, in words."""
+    return listed((f"{i} {name}" for i, name in enumerate(names)), 10)

@@ -112,8 +112,8 @@ def load_real(config, data_dir, device="cpu"):
     name = dataset_name(config["dataset"])
     known = DATASETS.get(name)
     size = config.get("image_size") or (known.image_size if known else None)
-    if size and size > LARGEST:
-        raise UserError(f"--image-size {size}: at most {LARGEST} pixels")
+    if size and not 1 <= size <= LARGEST:
+        raise UserError(f"--image-size {size}: not a number of pixels from 1 to {LARGEST}")
     place, parts, notes, sha = find_data(config, Path(data_dir), size)
     classes = check_parts(place, parts, size)
     images = parts[0][0]
@@ -242,7 +242,7 @@ def is_dataset(place):
 
 def find_renamed(text, data_dir, size, wanted):
     """find_data for a dataset that has another name now: what in data_dir has its fingerprint. Raises UserError."""
-    places = visible(data_dir) if data_dir.is_dir() else []
+    places = visible(data_dir) if os.path.isdir(data_dir) else []
     for place in filter(is_dataset, places):
         try:
             parts, notes = read_dataset(place, size)
@@ -273,21 +273,23 @@ def read_dataset(place, size=None, name=None):
 
     Without `size`, that of the pictures. `name`: of a known dataset, whose channels and classes are wanted.
     """
-    if place.is_file():
+    if os.path.isfile(place):
         return read_arrays([(place, "train"), (place, "test")])
     if os.path.isfile(place / "train.npz"):
         return read_arrays([(place / "train.npz", None), (held_out(place, ("test", "val", "valid"), ".npz"), None)])
     folders = [place / "train", held_out(place, ("val", "valid", "validation", "test"))]
     channels = DATASETS[name].channels if name in DATASETS else None
-    return read_folders(folders, size, channels, IMAGENET10 if name == "imagenet10" else None)
+    parts, _, notes = read_folders(folders, size, channels, IMAGENET10 if name == "imagenet10" else None)
+    return parts, notes
 
 
 def held_out(place, names, suffix=""):
     """The folder or file in `place` that is tested on. Raises UserError when there is none."""
     for name in names:
-        if (place / f"{name}{suffix}").exists():
+        if os.path.exists(place / f"{name}{suffix}"):
             return place / f"{name}{suffix}"
-    raise UserError(f"{place}: no {names[0]}{suffix} beside train{suffix} (it holds {inside(place)})")
+    wanted = " or ".join(f"{name}{suffix}" for name in names)
+    raise UserError(f"{place}: holds {inside(place)}; wanted {wanted} beside train{suffix}")
 
 
 def read_arrays(sources):

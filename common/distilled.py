@@ -1,18 +1,19 @@
 """Distilled sets as splits: every published format, told apart by content, and multi-formation's tiles."""
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .arrays import (IMAGES, LABELS, Header, class_numbers, described, find_member, headers, is_npz, read_member, sides,
-                     span)
+from .arrays import (IMAGES, LABELS, Header, class_numbers, described, find_member, headers, is_npz, numbered,
+                     read_member, sides, span)
 from .data import EMBEDDED, Split, counted, data_fingerprint, hardened
 from .errors import UserError, listed, note
 from .files import check_memory, check_regular, load, load_tensors, reason
-from .pictures import Surprises, decode, in_channels, is_picture, read_folders, visible
+from .pictures import Surprises, decode, in_channels, is_picture, opens_as_picture, read_folders, visible
 
 WANTED = "[images, labels], DC, DSA, DM, KIP, MTT, DATM, .npz or .npy arrays, class folders or a contact sheet"
 ARRAYS = (".pt", ".pth", ".npy", ".npz")  # suffixes looked for in a folder
@@ -55,14 +56,14 @@ def load_distilled(path, dataset, ipc, factor=None, device="cpu"):
 
 def read_distilled(path, dataset):
     """(images, labels or None): the arrays of a set of any format as they are kept, pictures as [N, C, H, W]."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return read_folder(path, dataset)
     check_regular(path)
     if is_npz(path):
         return read_npz(path)
     with open(path, "rb") as file:
         head = file.read(2)
-    if is_picture(path) and head not in (b"PK", b"\x80\x02"):  # those of torch.save
+    if head not in (b"PK", b"\x80\x02") and (is_picture(path) or opens_as_picture(path)):  # those of torch.save
         return read_contact_sheet(path, dataset)
     value = read_value(path)
     if torch.is_tensor(value) or isinstance(value, np.ndarray):
@@ -97,24 +98,26 @@ def read_value(path):
 
 
 def as_array(value, path):
-    """A tensor or array as an array. Raises UserError for what is none."""
+    """A tensor, an array or a list of either or of numbers as an array. Raises UserError for what is none."""
     try:
+        if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (list, tuple, dict)):
+            value = np.stack([np.asarray(item) for item in value])
         if torch.is_tensor(value):
             value = value.detach().cpu()
             value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
         if isinstance(value, np.ndarray):
             return value
-    except (TypeError, RuntimeError, NotImplementedError):  # sparse, quantised, without contents
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # sparse, quantised, without contents
         pass
     raise UserError(f"{path}: not a distilled set of a known format (holds {kinds(value)}; wanted {WANTED})")
 
 
-def kinds(value):
-    """What a file holds, in words."""
-    if isinstance(value, dict):
-        return described({key: kinds(item) for key, item in value.items()})
-    if isinstance(value, (list, tuple)):
-        return f"[{listed(kinds(item) for item in value)}]"
+def kinds(value, depth=2):
+    """What a file holds, in words; a list may hold itself."""
+    if isinstance(value, dict) and depth:
+        return described({key: kinds(item, depth - 1) for key, item in value.items()})
+    if isinstance(value, (list, tuple)) and depth:
+        return f"[{listed(kinds(item, depth - 1) for item in value)}]"
     if torch.is_tensor(value):
         layout = "" if value.layout == torch.strided else f"{value.layout} ".removeprefix("torch.")
         return layout + str(Header(tuple(value.shape), str(value.dtype).removeprefix("torch.")))
@@ -137,7 +140,7 @@ def halves(path):
         others = name.replace("image", "label"), f"labels{suffix}", f"{path.stem}_labels{suffix}"
         pairs = [(name, other) for other in others]
     for images, labels in pairs:
-        if images != labels and path.with_name(images).is_file() and path.with_name(labels).is_file():
+        if images != labels and all(os.path.isfile(path.with_name(half)) for half in (images, labels)):
             return path.with_name(images), path.with_name(labels)
     return None
 
@@ -153,11 +156,13 @@ def read_halves(path, value):
 
 def read_folder(folder, dataset):
     """(images, labels) of a folder that holds files of images and labels, class folders, or one file of both."""
-    files = [file for file in visible(folder) if file.suffix in ARRAYS and file.is_file()]
+    files = [file for file in visible(folder) if file.suffix in ARRAYS and os.path.isfile(file)]
     pairs = sorted({halves(file) for file in files} - {None})
-    if not pairs and any(place.is_dir() for place in visible(folder)):
-        parts, notes = read_folders([folder], dataset.image_size, dataset.channels)
+    if not pairs and any(os.path.isdir(place) for place in visible(folder)):
+        parts, classes, notes = read_folders([folder], dataset.image_size, dataset.channels)
         note(*notes)
+        if not all(name.isdecimal() for name in classes):
+            note(f"{folder}: classes are {numbered(classes)}")
         return parts[0]
     sets = [images for images, _ in pairs] or files
     sets = [file for file in sets if file.stem.endswith("best") or file.name == "data.pt"] or sets
@@ -288,14 +293,18 @@ def tiles_along_a_side(path, factor, size):
 
 def stored_factor(path):
     """(where it is said, the factor) of <name>.json beside a set, or config.json beside or in it; 1 without one."""
-    places = [path / "config.json"] if path.is_dir() else [path.with_suffix(".json"), path.parent / "config.json"]
+    places = [path / "config.json"]
+    if not os.path.isdir(path):
+        places = [path.parent / f"{path.stem}.json", path.parent / "config.json"]
     for file in places:
-        if not file.exists():
+        if not os.path.exists(file):
             continue
-        settings = load(file)
+        try:
+            settings = load(file)
+        except UserError as error:
+            raise UserError(f"{error}; with --factor it is not read") from None
         if not isinstance(settings, dict):
-            raise UserError(f"{file}: beside a distilled set, but no JSON object ({json.dumps(settings):.40}); "
-                            "--factor says how many tiles there are along a side")
+            raise UserError(f"{file}: no JSON object ({json.dumps(settings):.40}); with --factor it is not read")
         return f"{file}: factor", settings.get("factor", 1)
     return "", 1
 
@@ -303,7 +312,7 @@ def stored_factor(path):
 def embedded_distilled(name, ipc):
     """Path of the distilled set that comes with the project. Raises UserError when there is none."""
     path = EMBEDDED / "distilled" / f"{name}_ipc{ipc}.png"
-    if not path.exists():
+    if not os.path.exists(path):
         embedded = ", ".join(sorted(p.stem for p in path.parent.glob("*.png"))) or "none"
         raise UserError(f"no distilled set of {name} with ipc {ipc} is embedded (there are: {embedded}); "
                         f"make one: python distill.py --dataset {name} --ipc {ipc}; or give --distilled PATH")

@@ -119,7 +119,8 @@ def reason(error):
     code = re.search(r"GLOBAL (\S+)", text)
     if code:
         return f"it holds a {code[1]}, whose code is not run"
-    return text.split("\n")[0][:100] or type(error).__name__
+    line = text.split("\n")[0][:100]
+    return line if re.search("[a-z]", line) else "unreadable"
 
 
 def check_regular(path):

@@ -72,13 +72,13 @@ def pictures_below(folder, surprises):
     """All pictures in a folder and the folders in it. What else is there is a surprise."""
     pictures = []
     for place in visible(folder):
-        if place.is_symlink() and place.is_dir():
+        if place.is_symlink() and os.path.isdir(place):
             surprises.add("links to folders, not followed", place)
-        elif place.is_dir():
+        elif os.path.isdir(place):
             pictures += pictures_below(place, surprises)
         elif not is_picture(place):
             surprises.add("files that are no pictures, left out", place)
-        elif not place.is_file():
+        elif not os.path.isfile(place):
             surprises.add("pipes, devices and dead links, left out", place)
         else:
             pictures.append(place)
@@ -88,13 +88,13 @@ def pictures_below(folder, surprises):
 def class_files(folder, surprises, wanted=None):
     """{class: its pictures} of <folder>/<class>/**, or as Tiny-ImageNet's val_annotations.txt says."""
     annotations = folder / "val_annotations.txt"
-    if annotations.is_file():
+    if os.path.isfile(annotations):
         return annotated_files(folder, annotations, surprises)
     found = {}
     for place in visible(folder):
-        if place.is_dir() and wanted and place.name not in wanted:
+        if os.path.isdir(place) and wanted and place.name not in wanted:
             surprises.add("other classes, left out", place)
-        elif place.is_dir():
+        elif os.path.isdir(place):
             found[place.name] = pictures_below(place, surprises)
             if not found[place.name]:
                 surprises.add("folders without a picture, no classes", place)
@@ -127,8 +127,6 @@ def same_classes(folders, listings, wanted=None):
     for folder, listing in zip(folders, listings):
         missing = [name for name in expected if name not in listing]
         added = [name for name in listing if name not in expected]
-        if not listing:
-            raise UserError(f"{folder}: no pictures in class folders (it holds {inside(folder)})")
         if missing:
             raise UserError(f"{folder}: no pictures of class {listed(missing)}")
         if added:
@@ -142,7 +140,7 @@ def inside(folder):
 
 
 def read_folders(folders, size=None, channels=None, wanted=None):
-    """([(images uint8 [N, C, size, size], labels int64 [N])] of folders with the same classes, notes).
+    """([(images uint8 [N, C, size, size], labels int64 [N])] of folders with the same classes, class names, notes).
 
     Without `size`, that of all the pictures; else the shorter side is resized to it and the centre cut out. Without
     `channels`, one if all the pictures are grey, else three. `wanted`: names of the only classes read.
@@ -150,6 +148,10 @@ def read_folders(folders, size=None, channels=None, wanted=None):
     """
     surprises = Surprises()
     listings = [class_files(folder, surprises, wanted) for folder in folders]
+    for folder, listing in zip(folders, listings):
+        if not listing:
+            raise UserError("; ".join([f"{folder}: no pictures in class folders (holds {inside(folder)})",
+                                       *surprises.lines()]))
     classes = same_classes(folders, listings, wanted)
     looks, labels = [], []
     for folder, listing in zip(folders, listings):
@@ -163,7 +165,7 @@ def read_folders(folders, size=None, channels=None, wanted=None):
                  len(everything) * channels * size ** 2)
     images = [decode_all(part, size, channels, f"decoding {folder.name}", surprises)
               for part, folder in zip(looks, folders)]
-    return list(zip(images, labels)), surprises.lines()
+    return list(zip(images, labels)), classes, surprises.lines()
 
 
 def common_side(place, looks):
@@ -204,6 +206,14 @@ def opened(file, read):
         raise UserError(f"{file}: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # PIL raises almost any type on a damaged file
         raise UserError(f"{file}: not a readable picture ({reason(error)})") from None
+
+
+def opens_as_picture(file):
+    """Whether a file without a picture's suffix is one."""
+    try:
+        return opened(file, lambda picture: True)
+    except UserError:
+        return False
 
 
 def look(file, surprises):
