@@ -343,19 +343,21 @@ def load_tickets(paths, args, device):
     `args` holds what cli.ticket_flags adds. Without paths: the dense network of --dataset, under the path
     <dataset>/dense.pt. Raises UserError.
     """
-    unnamed = unnamed_config(args) if args.dataset else None
+    unnamed, real = unnamed_config(args, device) if args.dataset else (None, None)
     if not (unnamed or paths):
         raise UserError("no --mask given; --dataset digits takes a dense network and needs no mask file")
     tickets = {path: load_ticket(path, unnamed, device, code=args.model) for path in ticket_files(paths)}
     if not paths:
         model = build_network(unnamed, unnamed["seed"]).to(device)
-        path = Path(Path(args.dataset).name) / "dense.pt"
+        path = Path(unnamed["dataset"]) / "dense.pt"
         tickets[path] = make_ticket(0, dense_mask(model), model.state_dict(), unnamed, {})
     config = common_config(tickets)
     if args.dataset:
         check_name(args.dataset, config)
     config |= {key: getattr(args, key) for key in ("dataset", "train_images") if getattr(args, key)}
-    train, test = data.load_real(config, args.data_dir, device)
+    if real is None or real[0].fingerprint != config.get("data_fingerprint"):
+        real = data.load_real(config, args.data_dir, device)
+    train, test = data.fixed_subset(real[0], config.get("train_images"), "subset"), real[1]
     for ticket in tickets.values():  # one found on synthetic data alone has not met it yet
         ticket["config"] = ticket["config"] | {"data_fingerprint": config["data_fingerprint"]}
     model = build_network(config).to(device)
@@ -363,14 +365,14 @@ def load_tickets(paths, args, device):
     return tickets, train, test
 
 
-def unnamed_config(args):
-    """The config of the network that --model, --dataset, --width and --norm describe, trained on real data."""
+def unnamed_config(args, device):
+    """(config, (train, test)) of the network that --model, --dataset, --width and --norm describe, on real data."""
     config = dict(model=args.model, dataset=args.dataset, width=args.width, norm=args.norm, seed=args.seed or 0,
                   image_size=args.image_size, data="real", eval_epochs=60)
-    data.load_real(config, args.data_dir)
+    real = data.load_real(config, args.data_dir, device)
     if config["image_size"] > 64:
         config |= dict(augment="imagenet", cutmix=1.)
-    return config
+    return config, real
 
 
 def common_config(tickets):
