@@ -73,7 +73,7 @@ def exact_diagonal(model, images, labels, mask=None, progress=None):
     On a CPU, torch's threads work on different images; `progress(n)` is called after every n images. Raises UserError
     for a network with an operation that has no rule below.
     """
-    network = Network(model, images[:2])
+    network = Network.of(model, images[:2])
     kept = {layer: kept_entries(layer, mask or {}) for layer in network.layers}
     sums = dict.fromkeys(kept, 0.)
     few = max(1, batch_limit(images.device) // (8 * max(node.shape.numel() for node in network.nodes)))
@@ -85,7 +85,9 @@ def exact_diagonal(model, images, labels, mask=None, progress=None):
             if progress:
                 progress(len(done))
     parts = [by_name(model, {layer: both[i] for layer, both in sums.items()}) for i in (0, 1)]
-    return Diagonal(*parts, "exact (structured)" if network.leading else "exact (Gauss-Newton, piecewise linear)")
+    check_finite("the Hessian's diagonal", parts[1])
+    curved = any(network.followers.values())
+    return Diagonal(*parts, "exact (structured)" if curved else "exact (Gauss-Newton, piecewise linear)")
 
 
 def batch_limit(device):
@@ -96,22 +98,22 @@ def batch_limit(device):
 def diagonal_terms(network, kept, images, labels):
     """{layer: [2, O, D]}: the Gauss-Newton part and the whole diagonal of the summed loss."""
     terms = {layer: torch.stack([part * kept[layer]] * 2) for layer, part in gauss_newton(network, images).items()}
-    if network.leading:
+    if any(network.followers.values()):
         add_norm_curvature(network, images, labels, kept, {layer: term[1] for layer, term in terms.items()})
     return terms
 
 
-def second_derivative(model, images, labels, name, direction):
+def second_derivative(model, images, labels, direction):
     """The definition, which the tests hold the rules against: d2/ds2 of the mean loss at weights + s direction, s = 0.
 
-    Forward over reverse: through nn.InstanceNorm2d, forward over forward is wrong without a word, since PyTorch's
-    forward rule, differentiated again, takes the statistics for constants.
+    `direction` is {parameter name: tensor}. Forward over reverse: through nn.InstanceNorm2d, forward over forward is
+    wrong without a word, since PyTorch's forward rule, differentiated again, takes the statistics for constants.
     """
     parameters = dict(model.named_parameters())
 
     def loss(s):
-        moved = parameters | {name: parameters[name] + s * direction}
-        return F.cross_entropy(functional_call(model, moved, (images,)), labels)
+        moved = {name: parameters[name] + s * part for name, part in direction.items()}
+        return F.cross_entropy(functional_call(model, parameters | moved, (images,)), labels)
 
     zero = images.new_zeros(())
     return jvp(grad(loss), (zero,), (torch.ones_like(zero),))[1]
@@ -197,7 +199,7 @@ def add_norm_curvature(network, images, labels, kept, totals):
     cotangents = dict(zip(values, torch.autograd.grad(loss, list(values.values()))))
     with torch.no_grad():
         lines = {node: linearised(node.module, values[node.sources[0]], cotangents[node]) for node in network.nodes[1:]}
-        for layer in filter(network.followers, network.layers):
+        for layer in filter(network.followers.get, network.layers):
             rows = directions(layer, values)
             part, total = kept[layer], totals[layer]
             for o in part.any(1).nonzero().flatten().tolist():
@@ -207,11 +209,11 @@ def add_norm_curvature(network, images, labels, kept, totals):
 
 def channel_curvature(network, lines, layer, o, t):
     """Curvature [n, D] of the norms after `layer` along tangents t [n, D, P] at channel o of its output."""
-    chain = network.chain(layer)
+    chain = graph.channel_chain(layer, network.followers)
     end = [layer, *chain][-1]
     t = t.reshape(*t.shape[:2], 1, *layer.shape[1:])
     curvature, t = carry(network, lines, chain, layer, t, slice(o, o + 1))
-    tail = network.tail(end)
+    tail = graph.reached(end, network.followers)
     if not tail:
         return curvature
     if t.shape[1] > t[0, 0].numel():
@@ -240,7 +242,7 @@ def entering(network, end, o, t):
     Why: a convolution of C channels that is given the only one that is not 0 makes a C-th of the multiplications.
     Other operations are given all channels.
     """
-    readers = [node.module for node in network.followers(end)]
+    readers = [node.module for node in network.followers[end]]
     if all(isinstance(module, nn.Conv2d) and module.groups == 1 for module in readers):
         return t, slice(o, o + 1)
     return F.pad(t, [0, 0] * (t.dim() - 3) + [o, end.shape[0] - 1 - o]), ALL
@@ -261,7 +263,7 @@ def carry(network, lines, path, source, t, channel, as_form=False):
             norm = Norm(*(v[:, channel] for v in line))
             d, a = norm.centred(t)
             curvature = curvature + norm.curvature(d, a, as_form)
-            if network.followers(node):
+            if network.followers[node]:
                 t = norm.push(d, a).reshape(t.shape)
         else:
             t = line(t, channel)
@@ -277,15 +279,18 @@ def carry(network, lines, path, source, t, channel, as_form=False):
 #############################################
 
 CURVED = (nn.GroupNorm, nn.InstanceNorm2d)
+DROPOUT = nn.modules.dropout._DropoutNd
 WITH_RULE = (nn.Conv2d, nn.Linear, graph.ChannelLinear, *CURVED, *graph.BATCH_NORMS, *graph.SLOPED, *graph.POOLS,
              *graph.UNCHANGED, *graph.LINEAR)
 
 
 def has_rule(module):
-    if isinstance(module, nn.Conv2d):
-        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    if isinstance(module, nn.InstanceNorm2d):
-        return not module.track_running_stats
+    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return False
+    if isinstance(module, nn.InstanceNorm2d) and module.track_running_stats:
+        return False
+    if isinstance(module, DROPOUT) and module.training:
+        return False
     return type(module) in WITH_RULE
 
 
@@ -294,7 +299,7 @@ def linearised(module, x, cotangent):
     if isinstance(module, CURVED):
         return Norm.at(module, x, cotangent)
     if isinstance(module, graph.SLOPED):
-        slope = jvp(module, (x,), (torch.ones_like(x),))[1]
+        slope = slope_at(module, x)
         return lambda t, channel: t * slope[:, None, channel]
     if isinstance(module, graph.BATCH_NORMS):
         scale = (module.running_var + module.eps).rsqrt()
@@ -304,8 +309,8 @@ def linearised(module, x, cotangent):
         index = F.max_pool2d(x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode,
                              return_indices=True)[1]
         return lambda t, channel: picked(t, index[:, None, channel])
-    if isinstance(module, nn.AvgPool2d) and takes_quarters(module, x):
-        return lambda t, channel: quarters(t)
+    if isinstance(module, nn.AvgPool2d) and halves(module, x):
+        return lambda t, channel: halved(t)
     if isinstance(module, nn.Conv2d):
         return lambda t, channel: batched(F.conv2d, t, module.weight[:, channel], None, module.stride, module.padding,
                                           module.dilation, module.groups)
@@ -328,18 +333,25 @@ def per_channel(v, x):
     return v.view(1, -1, *[1] * (x.dim() - 2))
 
 
+def slope_at(module, x):
+    """The derivative of a function of one number."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(module(x).sum(), x)[0]
+
+
 def picked(t, index):
     """The values of t [n, D, c, H, W] at the positions `index` [n, 1, c, h, w]."""
     return torch.take_along_dim(t.flatten(3), index.flatten(3), 3).unflatten(3, index.shape[3:])
 
 
-def takes_quarters(module, x):
-    """Does the pooling take means of 2 x 2 pixels, of all of them?"""
+def halves(module, x):
+    """Does the pooling take the means of 2 x 2 pixels, of all of them?"""
     plain = module.kernel_size == module.stride == 2 and module.padding == 0 and module.divisor_override is None
     return plain and x.shape[-1] % 2 == x.shape[-2] % 2 == 0
 
 
-def quarters(t):
+def halved(t):
     t = t[..., ::2, :] + t[..., 1::2, :]  # eight times as fast as avg_pool2d on a CPU
     return (t[..., ::2] + t[..., 1::2]).mul_(1 / 4)
 
@@ -373,9 +385,10 @@ def bias_matters(layer):
 
 def kept_entries(layer, mask):
     """Which of a layer's own parameters survive: bool [O, D], as in `directions`."""
-    weight = layer.module.weight
-    kept = mask.get(f"{layer.name}.weight", torch.ones_like(weight, dtype=torch.bool)).reshape(len(weight), -1)
-    return torch.cat([kept, torch.ones_like(kept[:, :1])], 1) if bias_matters(layer) else kept
+    parts = ("weight", "bias") if bias_matters(layer) else ("weight",)
+    parameters = {part: getattr(layer.module, part) for part in parts}
+    kept = [mask.get(f"{layer.name}.{part}", torch.ones_like(p, dtype=torch.bool)) for part, p in parameters.items()]
+    return torch.cat([part.reshape(len(part), -1) for part in kept], 1)
 
 
 def by_name(model, matrices):
@@ -389,60 +402,43 @@ def by_name(model, matrices):
     return tensors
 
 
-class Network:
-    """A model's operations, its `layers` with weights, and the nodes `leading` to the curvature of a norm.
+class Network(NamedTuple):
+    """A model's operations."""
 
-    UserError names the first operation that the exact way has no rule for, at images [n, ...] like these.
-    """
+    nodes: list
+    layers: list  # the nodes with weights
+    followers: dict  # {node: those of its users that lead to the curvature of a norm, or have it}
 
-    def __init__(self, model, images):
+    @classmethod
+    def of(cls, model, images):
+        """UserError names the first operation that the exact way has no rule for, at images [n, ...] like these."""
         check_eval_mode(model)
         try:
-            self.nodes = graph.trace(model, images)
-            for node in self.nodes:
+            nodes = graph.trace(model, images)
+            for node in nodes:
                 if not has_rule(node.module):
-                    raise UserError(f"{node.module} in {node.name}")
+                    raise UserError(str(node))
+            if len(nodes[-1].shape) != 1:
+                raise UserError(f"outputs of shape {tuple(nodes[-1].shape)} an image")
         except UserError as error:
             what = f"the exact Hessian diagonal has no rule for {error}"
             raise UserError(f"{what}; --method estimate needs none") from error
-        self.layers = [node for node in self.nodes if getattr(node.module, "weight", None) is not None]
-        self.leading = set()
-        for node in reversed(self.nodes):
-            if isinstance(node.module, CURVED) or self.followers(node):
-                self.leading.add(node)
+        layers = [node for node in nodes if getattr(node.module, "weight", None) is not None]
+        return cls(nodes, layers, graph.leading_to(nodes, CURVED))
 
     def forward(self, images):
         """{node: value}, the logits [N, K] last. The images require a gradient, to have one at every value."""
         return graph.run(self.nodes, images.clone().requires_grad_())
 
-    def followers(self, node):
-        """The nodes that read this one's value and lead to the curvature of a norm."""
-        return [user for user in node.users if user in self.leading]
-
-    def chain(self, node):
-        """The nodes after this one through which a tangent in one channel stays in that channel."""
-        path = []
-        after = self.followers(node)
-        while len(after) == 1 and after[0].keeps_channels:
-            path += after
-            after = self.followers(after[0])
-        return path
-
-    def tail(self, node):
-        """All nodes between this one and the last curved norm after it."""
-        reached = {node}
-        for other in self.nodes:
-            if other in self.leading and reached.intersection(other.sources):
-                reached.add(other)
-        return [other for other in self.nodes if other in reached - {node}]
-
 
 def check_eval_mode(model):
-    """Refuse BatchNorm with the batch's statistics, which couple samples. Raises UserError."""
+    """Refuse dropout, and norms with the statistics of a batch, which couple its samples. Raises UserError."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise UserError(f"BatchNorm {name} is in train mode: statistics of the batch couple its samples; "
-                            "call eval(), with running statistics")
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if module.training and (batch_norm or isinstance(module, DROPOUT)):
+            raise UserError(f"{type(module).__name__} {name} is in train mode; call eval()")
+        if batch_norm and module.running_mean is None:
+            raise UserError(f"{type(module).__name__} {name} has no running statistics; a batch's couple its samples")
 
 
 #############################################
@@ -560,25 +556,23 @@ def probe_figures(D, total):
     return {"mean": (means.mean(), means.std() / m ** .5), "std": (std, jackknife(left_out))}
 
 
-def sample_figures(entries, weights, total):
-    """The first five figures over `total` weights, of which `weights` survive, from entries of random ones of these.
+def entry_figures(entries, weights, total):
+    """The first five figures over `total` weights, of which `weights` survive, from entries of all or some of these.
 
-    min and max are the sample's; the others have the sampling error as error bar.
+    Of some: min and max are theirs, mean |h| has their sampling error; mean and deviation are better left to probes.
     """
     n, share = len(entries), weights / total
     powers = torch.stack([entries, entries.square(), entries.abs()]).double()
-    sums = powers.sum(1, keepdim=True)
-
-    def statistics(sums, n):
-        mean, square, mean_abs = share * sums / n
-        return torch.stack([mean, (square - mean * mean).clamp(min=0).sqrt(), mean_abs])
-
-    errors = torch.zeros(3)
+    sums = powers.sum(1)
+    mean, square, mean_abs = share * sums / n
+    error = 0.
     if n < weights:
-        errors = jackknife(statistics(sums - powers, n - 1)) * (1 - n / weights) ** .5
+        left_out = share * (sums[:, None] - powers) / (n - 1)
+        error = jackknife(left_out)[2] * (1 - n / weights) ** .5
     with_pruned = entries if weights == total else F.pad(entries, (0, 1))  # the pruned ones are 0
-    values = [with_pruned.min(), with_pruned.max(), *statistics(sums, n)[:, 0]]
-    return dict(zip(FIGURES, zip(values, (0., 0., *errors))))
+    std = (square - mean * mean).clamp(min=0).sqrt()
+    values = with_pruned.min(), with_pruned.max(), mean, std, mean_abs
+    return dict(zip(FIGURES, zip(values, (0., 0., 0., 0., error))))
 
 
 #############################################
@@ -600,12 +594,11 @@ def measure_exact(model, images, labels, mask, generator):
         for h in part.values():
             ranks.sum_over_ranks_(h.mul_(len(own) / len(labels)))
     loss_part, diagonal = parts
-    check_finite("the Hessian's diagonal", diagonal)
     loss_trace, trace = (sum(float(h.double().sum()) for h in part.values()) for part in parts)
     share = loss_trace / trace if trace else math.nan
     shared = {"top_eigenvalue": top, "trace": (trace, 0.), "gauss_newton_share": (share, 0.)}
     entries = torch.cat([diagonal[name][kept] for name, kept in mask.items()])
-    figures = {scope: shared | sample_figures(entries, len(entries), total) for scope, total in totals(mask).items()}
+    figures = {scope: shared | entry_figures(entries, len(entries), total) for scope, total in totals(mask).items()}
     return figures, {"diagonal": diagonal, "gauss_newton": loss_part}, method
 
 
@@ -621,7 +614,7 @@ def measure_estimate(model, images, labels, mask, weights, probes, generator):
     entries = ranks.sum_over_ranks_(torch.stack([hessian.entry(i) for i in bar(sample, desc="weights")]))
     figures = {}
     for scope, total in totals(mask).items():
-        of_sample = sample_figures(entries, survivors, total)
+        of_sample = entry_figures(entries, survivors, total)
         figures[scope] = shared | of_sample | probe_figures(D[:, hessian.chosen], total)
     method = f"estimate: {probes} probes; min, max, mean |h| of {len(entries)} exact entries"
     if len(entries) < survivors:  # (1 - fraction beyond) ** n = 5%
@@ -818,7 +811,7 @@ def check(args, ticket_at, train):
     model = build_network(next(iter(ticket_at.values()))["config"]).to(train.labels.device).eval()
     images = train.batch(slice(2))[0]
     if args.method == "exact":
-        Network(model, images)
+        Network.of(model, images)
     check_eval_mode(model)
     logits = model(images)
     if not torch.is_tensor(logits) or logits.dim() != 2:

@@ -33,6 +33,9 @@ class Node:
     users: list = field(default_factory=list)  # the nodes that read its value, each once
     shape: torch.Size = None  # of an image's value, [C, ...]
 
+    def __str__(self):
+        return f"{' '.join(str(self.module).split())} in {self.name}"
+
     @property
     def keeps_channels(self):
         """Does a change in one channel of what it reads stay in that channel?"""
@@ -74,6 +77,33 @@ def run(nodes, images):
     for node in nodes[1:]:
         values[node] = node.module(*(values[source] for source in node.sources))
     return values
+
+
+def leading_to(nodes, kinds):
+    """{node: those of its users that are modules of these kinds, or lead to one}."""
+    followers = {}
+    for node in reversed(nodes):
+        followers[node] = [user for user in node.users if isinstance(user.module, kinds) or followers[user]]
+    return followers
+
+
+def channel_chain(node, followers):
+    """The nodes after this one, one after the other, through which a change in one channel stays in that channel."""
+    chain = []
+    after = followers[node]
+    while len(after) == 1 and after[0].keeps_channels:
+        chain += after
+        after = followers[after[0]]
+    return chain
+
+
+def reached(node, followers):
+    """All nodes that a change of this one's value reaches by way of `followers`, in order of execution."""
+    found = {node}
+    for other in reversed(followers):  # which begin with the last node
+        if other in found:
+            found.update(followers[other])
+    return [other for other in reversed(followers) if other in found and other is not node]
 
 
 #############################################
@@ -347,7 +377,7 @@ def nodes_of(call, model, node_at, values):
     if not from_images or (sizes and not isinstance(module, Reshape)):
         raise UserError(f"the arguments of {name}")
     if not torch.is_tensor(values[call]):
-        raise UserError(f"{module} in {name}, which returns several tensors")
+        raise UserError(f"several tensors from {name}")
     sources = [node_at[argument] for argument in arguments]
     if isinstance(module, Sum):
         return sum_nodes(name, module.alpha, sources, [values[argument] for argument in arguments], values[call])
@@ -410,7 +440,7 @@ def check_used_once(nodes):
             owner = owners.setdefault(parameter, node)
             if owner is not node:
                 twice = "used twice" if owner.name == node.name else f"with a weight of {owner.name}"
-                raise UserError(f"{node.module} in {node.name} {twice}")
+                raise UserError(f"{node} {twice}")
 
 
 def check_same_output(nodes, model, images):
@@ -441,4 +471,4 @@ def check_images_apart(nodes):
         elif isinstance(module, (nn.Conv2d, nn.InstanceNorm2d, *POOLS)):
             apart = axes == 4
         if not apart:
-            raise UserError(f"{module} in {node.name} on {axes} axes")
+            raise UserError(f"{node} on {axes} axes")
