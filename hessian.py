@@ -67,27 +67,26 @@ class Diagonal(NamedTuple):
     method: str
 
 
-def exact_diagonal(model, images, labels, mask=None, progress=None):
-    """The Diagonal at images [N, C, H, W] and labels [N], of `model` in eval mode under a mask of its weights.
+def exact_diagonal(model, images, labels, mask=None):
+    """The Diagonal at images [N, C, H, W] and labels [N], of `model` in eval mode under a mask of its parameters.
 
-    On a CPU, torch's threads work on different images; `progress(n)` is called after every n images. Raises UserError
-    for a network with an operation that has no rule below.
+    On a CPU, torch's threads work on different images. Raises UserError for an operation that has no rule below, and
+    for an entry that is not finite.
     """
-    network = Network.of(model, images[:2])
-    kept = {layer: kept_entries(layer, mask or {}) for layer in network.layers}
+    nodes = operations(model, images[:2])
+    kept = {node: kept_entries(node, mask or {}) for node in nodes if getattr(node.module, "weight", None) is not None}
     sums = dict.fromkeys(kept, 0.)
-    few = max(1, batch_limit(images.device) // (8 * max(node.shape.numel() for node in network.nodes)))
+    few = max(1, batch_limit(images.device) // (8 * max(node.shape.numel() for node in nodes)))
     workers = torch.get_num_threads() if images.device.type == "cpu" else 1
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    bar = tqdm(total=len(labels), desc="diagonal", unit="image", disable=None, leave=False)
+    with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         batches = images.split(few), labels.split(few)
-        for terms, done in zip(pool.map(partial(diagonal_terms, network, kept), *batches), batches[1]):
+        for terms, done in zip(pool.map(partial(diagonal_terms, nodes, kept), *batches), batches[1]):
             sums = {layer: sums[layer] + term / len(labels) for layer, term in terms.items()}
-            if progress:
-                progress(len(done))
+            bar.update(len(done))
     parts = [by_name(model, {layer: both[i] for layer, both in sums.items()}) for i in (0, 1)]
     check_finite("the Hessian's diagonal", parts[1])
-    curved = any(network.followers.values())
-    return Diagonal(*parts, "exact (structured)" if curved else "exact (Gauss-Newton, piecewise linear)")
+    return Diagonal(*parts, "exact (structured)" if any(node.followers for node in nodes) else "exact (Gauss-Newton, piecewise linear)")
 
 
 def batch_limit(device):
@@ -95,11 +94,11 @@ def batch_limit(device):
     return 1 << (20 if device.type == "cpu" else 26)
 
 
-def diagonal_terms(network, kept, images, labels):
-    """{layer: [2, O, D]}: the Gauss-Newton part and the whole diagonal of the summed loss."""
-    terms = {layer: torch.stack([part * kept[layer]] * 2) for layer, part in gauss_newton(network, images).items()}
-    if any(network.followers.values()):
-        add_norm_curvature(network, images, labels, kept, {layer: term[1] for layer, term in terms.items()})
+def diagonal_terms(nodes, kept, images, labels):
+    """{layer: [2, O, D]}: the Gauss-Newton part and the whole diagonal of the summed loss, at the weights `kept`."""
+    terms = {layer: torch.stack([part * kept[layer]] * 2) for layer, part in gauss_newton(nodes, kept, images).items()}
+    if any(node.followers for node in nodes):
+        add_norm_curvature(nodes, kept, images, labels, {layer: term[1] for layer, term in terms.items()})
     return terms
 
 
@@ -124,16 +123,16 @@ def second_derivative(model, images, labels, direction):
 #############################################
 
 
-def gauss_newton(network, images):
+def gauss_newton(nodes, layers, images):
     """The Gauss-Newton part of the diagonal of the summed loss: {layer: [O, D]}, entries as in `directions`.
 
     Softmax cross-entropy has the Hessian diag(p) - p p' = sum_c r_c r_c' in the logits, r_c = sqrt(p_c) (e_c - p):
     the part is the sum over classes c of squared per-image gradients of r_c . logits.
     """
-    values = network.forward(images)
-    logits = values[network.nodes[-1]]
+    values = graph.run(nodes, images.clone().requires_grad_())  # for a gradient at every value
+    logits = values[nodes[-1]]
     p = logits.detach().softmax(1)
-    rows = {layer: directions(layer, values).detach() for layer in network.layers}
+    rows = {layer: directions(layer, values).detach() for layer in layers}
     totals = dict.fromkeys(rows, 0.)
     for c, e in enumerate(torch.eye(p.shape[1]).to(p)):
         r = p[:, c:c + 1].sqrt() * (e - p)
@@ -192,38 +191,39 @@ class Norm(NamedTuple):
         return d.addcmul_(a[..., None], self.xhat, value=-1 / d.shape[-1]).mul_(self.scale).transpose(1, 2)
 
 
-def add_norm_curvature(network, images, labels, kept, totals):
+def add_norm_curvature(nodes, kept, images, labels, totals):
     """Add the norms' part of the summed loss's diagonal to `totals`, at the weights `kept`, both {layer: [O, D]}."""
-    values = network.forward(images)
-    loss = F.cross_entropy(values[network.nodes[-1]], labels, reduction="sum")
+    values = graph.run(nodes, images.clone().requires_grad_())
+    loss = F.cross_entropy(values[nodes[-1]], labels, reduction="sum")
     cotangents = dict(zip(values, torch.autograd.grad(loss, list(values.values()))))
     with torch.no_grad():
-        lines = {node: linearised(node.module, values[node.sources[0]], cotangents[node]) for node in network.nodes[1:]}
-        for layer in filter(network.followers.get, network.layers):
+        lines = {node: linearised(node.module, values[node.sources[0]], cotangents[node]) for node in nodes[1:]}
+        for layer in [layer for layer in kept if layer.followers]:
             rows = directions(layer, values)
             part, total = kept[layer], totals[layer]
             for o in part.any(1).nonzero().flatten().tolist():
                 t = rows[:, o * rows.shape[1] // len(part), part[o]]
-                total[o, part[o]] += channel_curvature(network, lines, layer, o, t).sum(0)
+                total[o, part[o]] += channel_curvature(lines, layer, o, t).sum(0)
 
 
-def channel_curvature(network, lines, layer, o, t):
+def channel_curvature(lines, layer, o, t):
     """Curvature [n, D] of the norms after `layer` along tangents t [n, D, P] at channel o of its output."""
-    chain = graph.channel_chain(layer, network.followers)
+    chain = graph.channel_chain(layer)
     end = [layer, *chain][-1]
     t = t.reshape(*t.shape[:2], 1, *layer.shape[1:])
-    curvature, t = carry(network, lines, chain, layer, t, slice(o, o + 1))
-    tail = graph.reached(end, network.followers)
+    curvature, t = carry(lines, chain, layer, t, slice(o, o + 1))
+    reached = graph.closure(end, lambda node: node.followers) - {end}
+    tail = [node for node in lines if node in reached]
     if not tail:
         return curvature
     if t.shape[1] > t[0, 0].numel():
-        return curvature + curvature_by_form(network, lines, tail, end, o, t)
+        return curvature + curvature_by_form(lines, tail, end, o, t)
     size = max(1, batch_limit(t.device) // max(len(t) * node.shape.numel() for node in tail))
-    parts = [carry(network, lines, tail, end, *entering(network, end, o, part))[0] for part in t.split(size, 1)]
+    parts = [carry(lines, tail, end, *entering(end, o, part))[0] for part in t.split(size, 1)]
     return curvature + torch.cat(parts, 1)
 
 
-def curvature_by_form(network, lines, tail, end, o, t):
+def curvature_by_form(lines, tail, end, o, t):
     """Curvature [n, D] on the `tail` along more tangents t [n, D, 1, ...] than the R positions that they live in.
 
     Why: it is a quadratic form in R numbers. Carrying R unit vectors gives the form, and applying it to the tangents
@@ -232,23 +232,23 @@ def curvature_by_form(network, lines, tail, end, o, t):
     rows = t.flatten(2)
     R = rows.shape[2]
     units = torch.eye(R).to(t).reshape(1, R, *t.shape[2:]).expand(len(t), *[-1] * (t.dim() - 1))
-    form, _ = carry(network, lines, tail, end, *entering(network, end, o, units), as_form=True)
+    form, _ = carry(lines, tail, end, *entering(end, o, units), as_form=True)
     return ((rows @ form) * rows).sum(2)
 
 
-def entering(network, end, o, t):
+def entering(end, o, t):
     """Tangents in channel o of the value of `end`, as what reads it takes them: (t, channel).
 
     Why: a convolution of C channels that is given the only one that is not 0 makes a C-th of the multiplications.
     Other operations are given all channels.
     """
-    readers = [node.module for node in network.followers[end]]
+    readers = [node.module for node in end.followers]
     if all(isinstance(module, nn.Conv2d) and module.groups == 1 for module in readers):
         return t, slice(o, o + 1)
     return F.pad(t, [0, 0] * (t.dim() - 3) + [o, end.shape[0] - 1 - o]), ALL
 
 
-def carry(network, lines, path, source, t, channel, as_form=False):
+def carry(lines, path, source, t, channel, as_form=False):
     """Carry tangents t [n, D, c, ...] in `channel` of the value of `source` along `path`: (curvature met, tangents).
 
     The tangents are those of the last operation; the curvature is [n, D], or a form [n, D, D].
@@ -263,7 +263,7 @@ def carry(network, lines, path, source, t, channel, as_form=False):
             norm = Norm(*(v[:, channel] for v in line))
             d, a = norm.centred(t)
             curvature = curvature + norm.curvature(d, a, as_form)
-            if network.followers[node]:
+            if node.followers:
                 t = norm.push(d, a).reshape(t.shape)
         else:
             t = line(t, channel)
@@ -279,7 +279,6 @@ def carry(network, lines, path, source, t, channel, as_form=False):
 #############################################
 
 CURVED = (nn.GroupNorm, nn.InstanceNorm2d)
-DROPOUT = nn.modules.dropout._DropoutNd
 WITH_RULE = (nn.Conv2d, nn.Linear, graph.ChannelLinear, *CURVED, *graph.BATCH_NORMS, *graph.SLOPED, *graph.POOLS,
              *graph.UNCHANGED, *graph.LINEAR)
 
@@ -288,8 +287,6 @@ def has_rule(module):
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return False
     if isinstance(module, nn.InstanceNorm2d) and module.track_running_stats:
-        return False
-    if isinstance(module, DROPOUT) and module.training:
         return False
     return type(module) in WITH_RULE
 
@@ -402,40 +399,31 @@ def by_name(model, matrices):
     return tensors
 
 
-class Network(NamedTuple):
-    """A model's operations."""
+def operations(model, images):
+    """The nodes of a network, marked where they lead to a norm with curvature.
 
-    nodes: list
-    layers: list  # the nodes with weights
-    followers: dict  # {node: those of its users that lead to the curvature of a norm, or have it}
-
-    @classmethod
-    def of(cls, model, images):
-        """UserError names the first operation that the exact way has no rule for, at images [n, ...] like these."""
-        check_eval_mode(model)
-        try:
-            nodes = graph.trace(model, images)
-            for node in nodes:
-                if not has_rule(node.module):
-                    raise UserError(str(node))
-            if len(nodes[-1].shape) != 1:
-                raise UserError(f"outputs of shape {tuple(nodes[-1].shape)} an image")
-        except UserError as error:
-            what = f"the exact Hessian diagonal has no rule for {error}"
-            raise UserError(f"{what}; --method estimate needs none") from error
-        layers = [node for node in nodes if getattr(node.module, "weight", None) is not None]
-        return cls(nodes, layers, graph.leading_to(nodes, CURVED))
-
-    def forward(self, images):
-        """{node: value}, the logits [N, K] last. The images require a gradient, to have one at every value."""
-        return graph.run(self.nodes, images.clone().requires_grad_())
+    UserError names the first operation that the exact way has no rule for, at images [n, ...] like these.
+    """
+    check_eval_mode(model)
+    try:
+        nodes = graph.trace(model, images)
+        for node in nodes:
+            if not has_rule(node.module):
+                raise UserError(str(node))
+        if len(nodes[-1].shape) != 1:
+            raise UserError(f"outputs of shape {tuple(nodes[-1].shape)} an image")
+    except UserError as error:
+        what = f"the exact Hessian diagonal has no rule for {error}"
+        raise UserError(f"{what}; --method estimate needs none") from error
+    graph.mark_leading(nodes, CURVED)
+    return nodes
 
 
 def check_eval_mode(model):
     """Refuse dropout, and norms with the statistics of a batch, which couple its samples. Raises UserError."""
     for name, module in model.named_modules():
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if module.training and (batch_norm or isinstance(module, DROPOUT)):
+        if module.training and (batch_norm or isinstance(module, nn.modules.dropout._DropoutNd)):
             raise UserError(f"{type(module).__name__} {name} is in train mode; call eval()")
         if batch_norm and module.running_mean is None:
             raise UserError(f"{type(module).__name__} {name} has no running statistics; a batch's couple its samples")
@@ -471,7 +459,8 @@ class Hessian:
 
     def product(self, v):
         product = ranks.sum_over_ranks_(self.own_product(v))
-        check_finite("a product with the Hessian", dict(zip(self.parameters, product.split(self.sizes))))
+        parts = zip(self.parameters.items(), product.split(self.sizes))
+        check_finite("a product with the Hessian", {name: part.view_as(p) for (name, p), part in parts})
         return product
 
     def own_product(self, v):
@@ -500,7 +489,7 @@ class Hessian:
     def top_eigenvalue(self, generator, steps=100, tolerance=.001):
         """(largest eigenvalue, error bar) by Lanczos: an eigenvalue lies within the error bar, the residual's norm.
 
-        The vectors are not kept and not orthogonalised again, which repeats eigenvalues but leaves the largest in place.
+        The vectors are not kept and not orthogonalised again: eigenvalues repeat, but the largest stays in its place.
         """
         start = torch.randn(len(self.kept), generator=generator).to(self.logits) * self.kept
         q, previous = start / start.norm(), torch.zeros_like(start)
@@ -588,8 +577,7 @@ def measure_exact(model, images, labels, mask, generator):
     hessian = Hessian(model, images, labels, mask)
     top = hessian.top_eigenvalue(generator)
     own = labels[own_images()]
-    with tqdm(total=len(own), desc="diagonal", unit="image", disable=None, leave=False) as bar:
-        *parts, method = exact_diagonal(model, images[own_images()], own, mask, bar.update)
+    *parts, method = exact_diagonal(model, images[own_images()], own, mask)
     for part in parts:
         for h in part.values():
             ranks.sum_over_ranks_(h.mul_(len(own) / len(labels)))
@@ -603,7 +591,7 @@ def measure_exact(model, images, labels, mask, generator):
 
 
 def measure_estimate(model, images, labels, mask, weights, probes, generator):
-    """As measure_exact, but from `probes` random vectors and exact entries of `weights` random weights: no diagonals."""
+    """As measure_exact, from `probes` random vectors and exact entries of `weights` random weights; no diagonals."""
     hessian = Hessian(model, images, labels, mask)
     top = hessian.top_eigenvalue(generator)
     bar = partial(tqdm, disable=None, leave=False)
@@ -811,7 +799,7 @@ def check(args, ticket_at, train):
     model = build_network(next(iter(ticket_at.values()))["config"]).to(train.labels.device).eval()
     images = train.batch(slice(2))[0]
     if args.method == "exact":
-        Network.of(model, images)
+        operations(model, images)
     check_eval_mode(model)
     logits = model(images)
     if not torch.is_tensor(logits) or logits.dim() != 2:

@@ -31,6 +31,7 @@ class Node:
     module: nn.Module
     sources: list  # the nodes it reads, in the order of the module's arguments
     users: list = field(default_factory=list)  # the nodes that read its value, each once
+    followers: list = field(default_factory=list)  # some of them, see `mark_leading`
     shape: torch.Size = None  # of an image's value, [C, ...]
 
     def __str__(self):
@@ -55,7 +56,7 @@ def trace(model, images):
     output = next(reversed(call_graph.nodes)).args[0]
     if not (isinstance(output, fx.Node) and torch.is_tensor(values[output])):
         raise UserError("an output that is not one tensor")
-    needed = dependencies(output)
+    needed = closure(output, lambda call: call.all_input_nodes)
     nodes = []
     node_at = {}  # of each call's value
     for call in call_graph.nodes:
@@ -79,31 +80,32 @@ def run(nodes, images):
     return values
 
 
-def leading_to(nodes, kinds):
-    """{node: those of its users that are modules of these kinds, or lead to one}."""
-    followers = {}
+def mark_leading(nodes, kinds):
+    """Fill in the `followers` of every node: its users that are modules of these kinds, or lead to one."""
     for node in reversed(nodes):
-        followers[node] = [user for user in node.users if isinstance(user.module, kinds) or followers[user]]
-    return followers
+        node.followers = [user for user in node.users if isinstance(user.module, kinds) or user.followers]
 
 
-def channel_chain(node, followers):
-    """The nodes after this one, one after the other, through which a change in one channel stays in that channel."""
+def channel_chain(node):
+    """The followers one after the other through which a change in one channel of the node stays in that channel."""
     chain = []
-    after = followers[node]
+    after = node.followers
     while len(after) == 1 and after[0].keeps_channels:
         chain += after
-        after = followers[after[0]]
+        after = after[0].followers
     return chain
 
 
-def reached(node, followers):
-    """All nodes that a change of this one's value reaches by way of `followers`, in order of execution."""
-    found = {node}
-    for other in reversed(followers):  # which begin with the last node
-        if other in found:
-            found.update(followers[other])
-    return [other for other in reversed(followers) if other in found and other is not node]
+def closure(start, neighbours):
+    """The set of `start` and of all that neighbours(one of them) lists."""
+    found = set()
+    waiting = [start]
+    while waiting:
+        one = waiting.pop()
+        if one not in found:
+            found.add(one)
+            waiting += neighbours(one)
+    return found
 
 
 #############################################
@@ -165,18 +167,6 @@ def recorded(model, images):
 
 def first_line(error):
     return str(error).strip().split("\n")[0][:100]
-
-
-def dependencies(output):
-    """All calls that `output` depends on, with itself."""
-    found = set()
-    waiting = [output]
-    while waiting:
-        call = waiting.pop()
-        if call not in found:
-            found.add(call)
-            waiting += call.all_input_nodes
-    return found
 
 
 #############################################
@@ -304,7 +294,9 @@ def leaky_relu(input, negative_slope=.01, inplace=False):
 
 
 def dropout(input, p=.5, training=True, inplace=False):
-    return nn.Dropout(p).train(training), input
+    if training:
+        raise ValueError("it draws at random")
+    return nn.Identity(), input
 
 
 def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):

@@ -87,7 +87,7 @@ def overwritten_view(net, x):
     (lambda net, x: net.a(net.a(x)), "Conv2d.* in a used twice"),
     (lambda net, x: (net.a(x), x), "not one tensor"),
     (lambda net, x: net.a(x) if x.sum() > 0 else x, "cannot trace"),
-    (lambda net, x: F.dropout(net.a(x)), "other things than its trace"),
+    (lambda net, x: F.dropout(net.a(x)), "operation dropout .it draws at random"),
     (overwritten_view, "relu_, which overwrites")])
 def test_what_has_no_module_is_named(function, name):
     with pytest.raises(UserError, match=name):
