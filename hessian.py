@@ -86,7 +86,8 @@ def exact_diagonal(model, images, labels, mask=None):
             bar.update(len(done))
     parts = [by_name(model, {layer: both[i] for layer, both in sums.items()}) for i in (0, 1)]
     check_finite("the Hessian's diagonal", parts[1])
-    return Diagonal(*parts, "exact (structured)" if any(node.followers for node in nodes) else "exact (Gauss-Newton, piecewise linear)")
+    curved = any(node.followers for node in nodes)
+    return Diagonal(*parts, "exact (structured)" if curved else "exact (Gauss-Newton, piecewise linear)")
 
 
 def batch_limit(device):

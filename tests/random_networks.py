@@ -72,7 +72,8 @@ class RandomNetwork(nn.Module):
     def convolution(self, x):
         pick, channels = self.random.choice, x.shape[1]
         groups = pick([g for g in range(1, channels + 1) if channels % g == 0])
-        conv = nn.Conv2d(channels, groups * pick([1, 2, 3]), pick([1, 2, 3, (1, 3), (3, 2)]), pick([1, 1, 2, (1, 2)]),
+        out = groups * min(pick([1, 2, 3]), 8 // groups)
+        conv = nn.Conv2d(channels, out, pick([1, 2, 3, (1, 3), (3, 2)]), pick([1, 1, 2, (1, 2)]),
                          pick([0, 1, 2, (1, 0)]), pick([1, 1, 2]), groups, pick([True, False]))
         self.layer(conv)
         return pick([lambda values: conv(values[-1]), lambda values: conv(input=values[-1])])
@@ -207,4 +208,4 @@ def outcome(seed, entries=4):
 
 
 if __name__ == "__main__":
-    print(dict(Counter(outcome(seed) for seed in range(*map(int, sys.argv[1:])))))
+    print(Counter(outcome(seed) for seed in range(int(sys.argv[1]), int(sys.argv[2]))))
