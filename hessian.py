@@ -798,13 +798,21 @@ def check(args, ticket_at, train):
         if totals(ticket["masks"])["surviving"] == 0:
             raise UserError(f"{path}: no prunable weight survives, and so there is no Hessian diagonal to show")
     model = build_network(next(iter(ticket_at.values()))["config"]).to(train.labels.device).eval()
-    images = train.batch(slice(2))[0]
-    if args.method == "exact":
-        operations(model, images)
+    check_network(model, train.batch(slice(2))[0], args.method)
+
+
+def check_network(model, images, method):
+    """Raises UserError unless the network has logits of the images [n, C, H, W], and rules for the exact method."""
     check_eval_mode(model)
-    logits = model(images)
+    try:
+        with torch.no_grad():
+            logits = model(images.clone())  # which it may overwrite
+    except RuntimeError as error:
+        raise UserError(f"the network does not take the dataset's images ({graph.first_line(error)})") from error
     if not torch.is_tensor(logits) or logits.dim() != 2:
         raise UserError("the network returns something else than logits of images and classes")
+    if method == "exact":
+        operations(model, images)
 
 
 def main():
