@@ -198,33 +198,34 @@ def add_norm_curvature(nodes, kept, images, labels, totals):
     loss = F.cross_entropy(values[nodes[-1]], labels, reduction="sum")
     cotangents = dict(zip(values, torch.autograd.grad(loss, list(values.values()))))
     with torch.no_grad():
-        lines = {node: linearised(node.module, values[node.sources[0]], cotangents[node]) for node in nodes[1:]}
+        linearised = {node: linearise(node.module, values[node.sources[0]], cotangents[node])
+                      for node in nodes[1:]}
         for layer in [layer for layer in kept if layer.followers]:
             rows = directions(layer, values)
             part, total = kept[layer], totals[layer]
             for o in part.any(1).nonzero().flatten().tolist():
                 t = rows[:, o * rows.shape[1] // len(part), part[o]]
-                total[o, part[o]] += channel_curvature(lines, layer, o, t).sum(0)
+                total[o, part[o]] += channel_curvature(linearised, layer, o, t).sum(0)
 
 
-def channel_curvature(lines, layer, o, t):
+def channel_curvature(linearised, layer, o, t):
     """Curvature [n, D] of the norms after `layer` along tangents t [n, D, P] at channel o of its output."""
     chain = graph.channel_chain(layer)
     end = [layer, *chain][-1]
     t = t.reshape(*t.shape[:2], 1, *layer.shape[1:])
-    curvature, t = carry(lines, chain, layer, t, slice(o, o + 1))
+    curvature, t = carry(linearised, chain, layer, t, slice(o, o + 1))
     reached = graph.closure(end, lambda node: node.followers) - {end}
-    tail = [node for node in lines if node in reached]
+    tail = [node for node in linearised if node in reached]
     if not tail:
         return curvature
     if t.shape[1] > t[0, 0].numel():
-        return curvature + curvature_by_form(lines, tail, end, o, t)
+        return curvature + curvature_by_form(linearised, tail, end, o, t)
     size = max(1, batch_limit(t.device) // max(len(t) * node.shape.numel() for node in tail))
-    parts = [carry(lines, tail, end, *entering(end, o, part))[0] for part in t.split(size, 1)]
+    parts = [carry(linearised, tail, end, *entering(end, o, part))[0] for part in t.split(size, 1)]
     return curvature + torch.cat(parts, 1)
 
 
-def curvature_by_form(lines, tail, end, o, t):
+def curvature_by_form(linearised, tail, end, o, t):
     """Curvature [n, D] on the `tail` along more tangents t [n, D, 1, ...] than the R positions that they live in.
 
     Why: it is a quadratic form in R numbers. Carrying R unit vectors gives the form, and applying it to the tangents
@@ -233,7 +234,7 @@ def curvature_by_form(lines, tail, end, o, t):
     rows = t.flatten(2)
     R = rows.shape[2]
     units = torch.eye(R).to(t).reshape(1, R, *t.shape[2:]).expand(len(t), *[-1] * (t.dim() - 1))
-    form, _ = carry(lines, tail, end, *entering(end, o, units), as_form=True)
+    form, _ = carry(linearised, tail, end, *entering(end, o, units), as_form=True)
     return ((rows @ form) * rows).sum(2)
 
 
@@ -249,7 +250,7 @@ def entering(end, o, t):
     return F.pad(t, [0, 0] * (t.dim() - 3) + [o, end.shape[0] - 1 - o]), ALL
 
 
-def carry(lines, path, source, t, channel, as_form=False):
+def carry(linearised, path, source, t, channel, as_form=False):
     """Carry tangents t [n, D, c, ...] in `channel` of the value of `source` along `path`: (curvature met, tangents).
 
     The tangents are those of the last operation; the curvature is [n, D], or a form [n, D, D].
@@ -259,16 +260,16 @@ def carry(lines, path, source, t, channel, as_form=False):
     for step, node in enumerate(path):
         arriving = [tangents[other] for other in node.sources if other in tangents]
         t, channel = reduce(operator.add, [t for t, _ in arriving]), arriving[0][1]
-        line = lines[node]
-        if isinstance(line, Norm):
-            norm = Norm(*(v[:, channel] for v in line))
+        layer = linearised[node]
+        if isinstance(layer, Norm):
+            norm = Norm(*(v[:, channel] for v in layer))
             d, a = norm.centred(t)
             curvature = curvature + norm.curvature(d, a, as_form)
             if node.followers:
                 t = norm.push(d, a).reshape(t.shape)
         else:
-            t = line(t, channel)
-        tangents[node] = t, channel if node.keeps_channels else ALL
+            t = layer(t, channel)
+        tangents[node] = (t, channel if node.keeps_channels else ALL)
         for other in set(tangents) - {node}:  # free what is not read any more
             if not set(path[step + 1:]).intersection(other.users):
                 del tangents[other]
@@ -292,7 +293,7 @@ def has_rule(module):
     return type(module) in WITH_RULE
 
 
-def linearised(module, x, cotangent):
+def linearise(module, x, cotangent):
     """A layer at input x: a Norm, or a function that maps tangents t [n, D, c, ...] in a channel to its output's."""
     if isinstance(module, CURVED):
         return Norm.at(module, x, cotangent)
@@ -788,7 +789,7 @@ def settings_of(args, ticket, train):
             **{key: getattr(args, key) for key in ("batch", "batches", "method", "weights", "probes", "dtype")}}
 
 
-def check(args, ticket_at, train):
+def check_before_training(args, ticket_at, train):
     """Refuse before the training what cannot be measured after it. Raises UserError."""
     if args.batch * args.batches > len(train):
         raise UserError(f"--batch {args.batch} x --batches {args.batches}: more than the {len(train)} training images")
@@ -819,7 +820,7 @@ def main():
     args = parse()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     ticket_at, train, _ = tickets.load_tickets(args.mask, args, cli.start(args))
-    check(args, ticket_at, train)
+    check_before_training(args, ticket_at, train)
     train_ahead(args.endpoints, ticket_at, train, 1, args.epochs, args.seed, overwrite=args.overwrite)
     results = {path: analyse(path, ticket, train, settings_of(args, ticket, train), args)
                for path, ticket in ticket_at.items()}
