@@ -632,7 +632,7 @@ def analyse(path, ticket, train, settings, args):
     if ranks.broadcast(file.exists()):
         earlier = files.load(file)
         if not files.difference(earlier.get("settings", {}), settings, ignored=("sparse",)):
-            return earlier
+            return earlier | {"settings": settings}
     model = trained_network(path, ticket, train, args)
     order = torch.randperm(len(train), generator=random_stream(settings["batch_seed"], "hessian batches"))
     measured = []
