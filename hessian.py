@@ -72,25 +72,27 @@ class Diagonal(NamedTuple):
     method: str
 
 
-def exact_diagonal(model, images, labels, mask=None, progress=None):
-    """The Diagonal at images [N, C, H, W] and labels [N], of `model` in eval mode under a mask of its weights.
+def exact_diagonal(model, images, labels, mask=None):
+    """The Diagonal at images [N, C, H, W] and labels [N], of `model` in eval mode under a mask of its parameters.
 
-    On a CPU, torch's threads work on different images; `progress(n)` is called after every n images. Raises UserError
-    for a network with an operation that has no rule below.
+    On a CPU, torch's threads work on different images. Raises UserError for an operation that has no rule below, and
+    for an entry that is not finite.
     """
-    network = Network(model, images[:2])
-    kept = {layer: kept_entries(layer, mask or {}) for layer in network.layers}
+    nodes = operations(model, images[:2])
+    kept = {node: kept_entries(node, mask or {}) for node in nodes if getattr(node.module, "weight", None) is not None}
     sums = dict.fromkeys(kept, 0.)
-    few = max(1, batch_limit(images.device) // (8 * max(node.shape.numel() for node in network.nodes)))
+    few = max(1, batch_limit(images.device) // (8 * max(node.shape.numel() for node in nodes)))
     workers = torch.get_num_threads() if images.device.type == "cpu" else 1
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    bar = Bar("diagonal", len(labels), unit="image")
+    with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         batches = images.split(few), labels.split(few)
-        for terms, done in zip(pool.map(partial(diagonal_terms, network, kept), *batches), batches[1]):
+        for terms, done in zip(pool.map(partial(diagonal_terms, nodes, kept), *batches), batches[1]):
             sums = {layer: sums[layer] + term / len(labels) for layer, term in terms.items()}
-            if progress:
-                progress(len(done))
+            bar.update(len(done))
     parts = [by_name(model, {layer: both[i] for layer, both in sums.items()}) for i in (0, 1)]
-    return Diagonal(*parts, "exact (structured)" if network.leading else "exact (Gauss-Newton, piecewise linear)")
+    check_finite("the Hessian's diagonal", parts[1])
+    curved = any(node.followers for node in nodes)
+    return Diagonal(*parts, "exact (structured)" if curved else "exact (Gauss-Newton, piecewise linear)")
 
 
 def batch_limit(device):
@@ -98,25 +100,25 @@ def batch_limit(device):
     return 1 << (20 if device.type == "cpu" else 26)
 
 
-def diagonal_terms(network, kept, images, labels):
-    """{layer: [2, O, D]}: the Gauss-Newton part and the whole diagonal of the summed loss."""
-    terms = {layer: torch.stack([part * kept[layer]] * 2) for layer, part in gauss_newton(network, images).items()}
-    if network.leading:
-        add_norm_curvature(network, images, labels, kept, {layer: term[1] for layer, term in terms.items()})
+def diagonal_terms(nodes, kept, images, labels):
+    """{layer: [2, O, D]}: the Gauss-Newton part and the whole diagonal of the summed loss, at the weights `kept`."""
+    terms = {layer: torch.stack([part * kept[layer]] * 2) for layer, part in gauss_newton(nodes, kept, images).items()}
+    if any(node.followers for node in nodes):
+        add_norm_curvature(nodes, kept, images, labels, {layer: term[1] for layer, term in terms.items()})
     return terms
 
 
-def second_derivative(model, images, labels, name, direction):
+def second_derivative(model, images, labels, direction):
     """The definition, which the tests hold the rules against: d2/ds2 of the mean loss at weights + s direction, s = 0.
 
-    Forward over reverse: through nn.InstanceNorm2d, forward over forward is wrong without a word, since PyTorch's
-    forward rule, differentiated again, takes the statistics for constants.
+    `direction` is {parameter name: tensor}. Forward over reverse: through nn.InstanceNorm2d, forward over forward is
+    wrong without a word, since PyTorch's forward rule, differentiated again, takes the statistics for constants.
     """
     parameters = dict(model.named_parameters())
 
     def loss(s):
-        moved = parameters | {name: parameters[name] + s * direction}
-        return F.cross_entropy(functional_call(model, moved, (images,)), labels)
+        moved = {name: parameters[name] + s * part for name, part in direction.items()}
+        return F.cross_entropy(functional_call(model, parameters | moved, (images,)), labels)
 
     zero = images.new_zeros(())
     return jvp(grad(loss), (zero,), (torch.ones_like(zero),))[1]
@@ -127,16 +129,16 @@ def second_derivative(model, images, labels, name, direction):
 #############################################
 
 
-def gauss_newton(network, images):
+def gauss_newton(nodes, layers, images):
     """The Gauss-Newton part of the diagonal of the summed loss: {layer: [O, D]}, entries as in `directions`.
 
     Softmax cross-entropy has the Hessian diag(p) - p p' = sum_c r_c r_c' in the logits, r_c = sqrt(p_c) (e_c - p):
     the part is the sum over classes c of squared per-image gradients of r_c . logits.
     """
-    values = network.forward(images)
-    logits = values[network.nodes[-1]]
+    values = graph.run(nodes, images.clone().requires_grad_())  # for a gradient at every value
+    logits = values[nodes[-1]]
     p = logits.detach().softmax(1)
-    rows = {layer: directions(layer, values).detach() for layer in network.layers}
+    rows = {layer: directions(layer, values).detach() for layer in layers}
     totals = dict.fromkeys(rows, 0.)
     for c, e in enumerate(torch.eye(p.shape[1]).to(p)):
         r = p[:, c:c + 1].sqrt() * (e - p)
@@ -195,38 +197,40 @@ class Norm(NamedTuple):
         return d.addcmul_(a[..., None], self.xhat, value=-1 / d.shape[-1]).mul_(self.scale).transpose(1, 2)
 
 
-def add_norm_curvature(network, images, labels, kept, totals):
+def add_norm_curvature(nodes, kept, images, labels, totals):
     """Add the norms' part of the summed loss's diagonal to `totals`, at the weights `kept`, both {layer: [O, D]}."""
-    values = network.forward(images)
-    loss = F.cross_entropy(values[network.nodes[-1]], labels, reduction="sum")
+    values = graph.run(nodes, images.clone().requires_grad_())
+    loss = F.cross_entropy(values[nodes[-1]], labels, reduction="sum")
     cotangents = dict(zip(values, torch.autograd.grad(loss, list(values.values()))))
     with torch.no_grad():
-        lines = {node: linearised(node.module, values[node.sources[0]], cotangents[node]) for node in network.nodes[1:]}
-        for layer in filter(network.followers, network.layers):
+        linearised = {node: linearise(node.module, values[node.sources[0]], cotangents[node])
+                      for node in nodes[1:]}
+        for layer in [layer for layer in kept if layer.followers]:
             rows = directions(layer, values)
             part, total = kept[layer], totals[layer]
             for o in part.any(1).nonzero().flatten().tolist():
                 t = rows[:, o * rows.shape[1] // len(part), part[o]]
-                total[o, part[o]] += channel_curvature(network, lines, layer, o, t).sum(0)
+                total[o, part[o]] += channel_curvature(linearised, layer, o, t).sum(0)
 
 
-def channel_curvature(network, lines, layer, o, t):
+def channel_curvature(linearised, layer, o, t):
     """Curvature [n, D] of the norms after `layer` along tangents t [n, D, P] at channel o of its output."""
-    chain = network.chain(layer)
+    chain = graph.channel_chain(layer)
     end = [layer, *chain][-1]
     t = t.reshape(*t.shape[:2], 1, *layer.shape[1:])
-    curvature, t = carry(network, lines, chain, layer, t, slice(o, o + 1))
-    tail = network.tail(end)
+    curvature, t = carry(linearised, chain, layer, t, slice(o, o + 1))
+    reached = graph.closure(end, lambda node: node.followers) - {end}
+    tail = [node for node in linearised if node in reached]
     if not tail:
         return curvature
     if t.shape[1] > t[0, 0].numel():
-        return curvature + curvature_by_form(network, lines, tail, end, o, t)
+        return curvature + curvature_by_form(linearised, tail, end, o, t)
     size = max(1, batch_limit(t.device) // max(len(t) * node.shape.numel() for node in tail))
-    parts = [carry(network, lines, tail, end, *entering(network, end, o, part))[0] for part in t.split(size, 1)]
+    parts = [carry(linearised, tail, end, *entering(end, o, part))[0] for part in t.split(size, 1)]
     return curvature + torch.cat(parts, 1)
 
 
-def curvature_by_form(network, lines, tail, end, o, t):
+def curvature_by_form(linearised, tail, end, o, t):
     """Curvature [n, D] on the `tail` along more tangents t [n, D, 1, ...] than the R positions that they live in.
 
     Why: it is a quadratic form in R numbers. Carrying R unit vectors gives the form, and applying it to the tangents
@@ -235,23 +239,23 @@ def curvature_by_form(network, lines, tail, end, o, t):
     rows = t.flatten(2)
     R = rows.shape[2]
     units = torch.eye(R).to(t).reshape(1, R, *t.shape[2:]).expand(len(t), *[-1] * (t.dim() - 1))
-    form, _ = carry(network, lines, tail, end, *entering(network, end, o, units), as_form=True)
+    form, _ = carry(linearised, tail, end, *entering(end, o, units), as_form=True)
     return ((rows @ form) * rows).sum(2)
 
 
-def entering(network, end, o, t):
+def entering(end, o, t):
     """Tangents in channel o of the value of `end`, as what reads it takes them: (t, channel).
 
     Why: a convolution of C channels that is given the only one that is not 0 makes a C-th of the multiplications.
     Other operations are given all channels.
     """
-    readers = [node.module for node in network.followers(end)]
+    readers = [node.module for node in end.followers]
     if all(isinstance(module, nn.Conv2d) and module.groups == 1 for module in readers):
         return t, slice(o, o + 1)
     return F.pad(t, [0, 0] * (t.dim() - 3) + [o, end.shape[0] - 1 - o]), ALL
 
 
-def carry(network, lines, path, source, t, channel, as_form=False):
+def carry(linearised, path, source, t, channel, as_form=False):
     """Carry tangents t [n, D, c, ...] in `channel` of the value of `source` along `path`: (curvature met, tangents).
 
     The tangents are those of the last operation; the curvature is [n, D], or a form [n, D, D].
@@ -261,16 +265,16 @@ def carry(network, lines, path, source, t, channel, as_form=False):
     for step, node in enumerate(path):
         arriving = [tangents[other] for other in node.sources if other in tangents]
         t, channel = reduce(operator.add, [t for t, _ in arriving]), arriving[0][1]
-        line = lines[node]
-        if isinstance(line, Norm):
-            norm = Norm(*(v[:, channel] for v in line))
+        layer = linearised[node]
+        if isinstance(layer, Norm):
+            norm = Norm(*(v[:, channel] for v in layer))
             d, a = norm.centred(t)
             curvature = curvature + norm.curvature(d, a, as_form)
-            if network.followers(node):
+            if node.followers:
                 t = norm.push(d, a).reshape(t.shape)
         else:
-            t = line(t, channel)
-        tangents[node] = t, channel if node.keeps_channels else ALL
+            t = layer(t, channel)
+        tangents[node] = (t, channel if node.keeps_channels else ALL)
         for other in set(tangents) - {node}:  # free what is not read any more
             if not set(path[step + 1:]).intersection(other.users):
                 del tangents[other]
@@ -287,19 +291,19 @@ WITH_RULE = (nn.Conv2d, nn.Linear, graph.ChannelLinear, *CURVED, *graph.BATCH_NO
 
 
 def has_rule(module):
-    if isinstance(module, nn.Conv2d):
-        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    if isinstance(module, nn.InstanceNorm2d):
-        return not module.track_running_stats
+    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return False
+    if isinstance(module, nn.InstanceNorm2d) and module.track_running_stats:
+        return False
     return type(module) in WITH_RULE
 
 
-def linearised(module, x, cotangent):
+def linearise(module, x, cotangent):
     """A layer at input x: a Norm, or a function that maps tangents t [n, D, c, ...] in a channel to its output's."""
     if isinstance(module, CURVED):
         return Norm.at(module, x, cotangent)
     if isinstance(module, graph.SLOPED):
-        slope = jvp(module, (x,), (torch.ones_like(x),))[1]
+        slope = slope_at(module, x)
         return lambda t, channel: t * slope[:, None, channel]
     if isinstance(module, graph.BATCH_NORMS):
         scale = (module.running_var + module.eps).rsqrt()
@@ -309,8 +313,8 @@ def linearised(module, x, cotangent):
         index = F.max_pool2d(x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode,
                              return_indices=True)[1]
         return lambda t, channel: picked(t, index[:, None, channel])
-    if isinstance(module, nn.AvgPool2d) and takes_quarters(module, x):
-        return lambda t, channel: quarters(t)
+    if isinstance(module, nn.AvgPool2d) and halves(module, x):
+        return lambda t, channel: halved(t)
     if isinstance(module, nn.Conv2d):
         return lambda t, channel: batched(F.conv2d, t, module.weight[:, channel], None, module.stride, module.padding,
                                           module.dilation, module.groups)
@@ -333,18 +337,25 @@ def per_channel(v, x):
     return v.view(1, -1, *[1] * (x.dim() - 2))
 
 
+def slope_at(module, x):
+    """The derivative of a function of one number."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(module(x).sum(), x)[0]
+
+
 def picked(t, index):
     """The values of t [n, D, c, H, W] at the positions `index` [n, 1, c, h, w]."""
     return torch.take_along_dim(t.flatten(3), index.flatten(3), 3).unflatten(3, index.shape[3:])
 
 
-def takes_quarters(module, x):
-    """Does the pooling take means of 2 x 2 pixels, of all of them?"""
+def halves(module, x):
+    """Does the pooling take the means of 2 x 2 pixels, of all of them?"""
     plain = module.kernel_size == module.stride == 2 and module.padding == 0 and module.divisor_override is None
     return plain and x.shape[-1] % 2 == x.shape[-2] % 2 == 0
 
 
-def quarters(t):
+def halved(t):
     t = t[..., ::2, :] + t[..., 1::2, :]  # eight times as fast as avg_pool2d on a CPU
     return (t[..., ::2] + t[..., 1::2]).mul_(1 / 4)
 
@@ -378,9 +389,10 @@ def bias_matters(layer):
 
 def kept_entries(layer, mask):
     """Which of a layer's own parameters survive: bool [O, D], as in `directions`."""
-    weight = layer.module.weight
-    kept = mask.get(f"{layer.name}.weight", torch.ones_like(weight, dtype=torch.bool)).reshape(len(weight), -1)
-    return torch.cat([kept, torch.ones_like(kept[:, :1])], 1) if bias_matters(layer) else kept
+    parts = ("weight", "bias") if bias_matters(layer) else ("weight",)
+    parameters = {part: getattr(layer.module, part) for part in parts}
+    kept = [mask.get(f"{layer.name}.{part}", torch.ones_like(p, dtype=torch.bool)) for part, p in parameters.items()]
+    return torch.cat([part.reshape(len(part), -1) for part in kept], 1)
 
 
 def by_name(model, matrices):
@@ -394,60 +406,34 @@ def by_name(model, matrices):
     return tensors
 
 
-class Network:
-    """A model's operations, its `layers` with weights, and the nodes `leading` to the curvature of a norm.
+def operations(model, images):
+    """The nodes of a network, marked where they lead to a norm with curvature.
 
     UserError names the first operation that the exact way has no rule for, at images [n, ...] like these.
     """
-
-    def __init__(self, model, images):
-        check_eval_mode(model)
-        try:
-            self.nodes = graph.trace(model, images)
-            for node in self.nodes:
-                if not has_rule(node.module):
-                    raise UserError(f"{node.module} in {node.name}")
-        except UserError as error:
-            what = f"the exact Hessian diagonal has no rule for {error}"
-            raise UserError(f"{what}; --method estimate needs none") from error
-        self.layers = [node for node in self.nodes if getattr(node.module, "weight", None) is not None]
-        self.leading = set()
-        for node in reversed(self.nodes):
-            if isinstance(node.module, CURVED) or self.followers(node):
-                self.leading.add(node)
-
-    def forward(self, images):
-        """{node: value}, the logits [N, K] last. The images require a gradient, to have one at every value."""
-        return graph.run(self.nodes, images.clone().requires_grad_())
-
-    def followers(self, node):
-        """The nodes that read this one's value and lead to the curvature of a norm."""
-        return [user for user in node.users if user in self.leading]
-
-    def chain(self, node):
-        """The nodes after this one through which a tangent in one channel stays in that channel."""
-        path = []
-        after = self.followers(node)
-        while len(after) == 1 and after[0].keeps_channels:
-            path += after
-            after = self.followers(after[0])
-        return path
-
-    def tail(self, node):
-        """All nodes between this one and the last curved norm after it."""
-        reached = {node}
-        for other in self.nodes:
-            if other in self.leading and reached.intersection(other.sources):
-                reached.add(other)
-        return [other for other in self.nodes if other in reached - {node}]
+    check_eval_mode(model)
+    try:
+        nodes = graph.trace(model, images)
+        for node in nodes:
+            if not has_rule(node.module):
+                raise UserError(str(node))
+        if len(nodes[-1].shape) != 1:
+            raise UserError(f"outputs of shape {tuple(nodes[-1].shape)} an image")
+    except UserError as error:
+        what = f"the exact Hessian diagonal has no rule for {error}"
+        raise UserError(f"{what}; --method estimate needs none") from error
+    graph.mark_leading(nodes, CURVED)
+    return nodes
 
 
 def check_eval_mode(model):
-    """Refuse BatchNorm with the batch's statistics, which couple samples. Raises UserError."""
+    """Refuse dropout, and norms with the statistics of a batch, which couple its samples. Raises UserError."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise UserError(f"BatchNorm {name} is in train mode: statistics of the batch couple its samples; "
-                            "call eval(), with running statistics")
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if module.training and (batch_norm or isinstance(module, nn.modules.dropout._DropoutNd)):
+            raise UserError(f"{type(module).__name__} {name} is in train mode; call eval()")
+        if batch_norm and module.running_mean is None:
+            raise UserError(f"{type(module).__name__} {name} has no running statistics; a batch's couple its samples")
 
 
 #############################################
@@ -480,7 +466,8 @@ class Hessian:
 
     def product(self, v):
         product = ranks.sum_over_ranks_(self.own_product(v))
-        check_finite("a product with the Hessian", dict(zip(self.parameters, product.split(self.sizes))))
+        parts = zip(self.parameters.items(), product.split(self.sizes))
+        check_finite("a product with the Hessian", {name: part.view_as(p) for (name, p), part in parts})
         return product
 
     def own_product(self, v):
@@ -509,7 +496,7 @@ class Hessian:
     def top_eigenvalue(self, generator, steps=100, tolerance=.001):
         """(largest eigenvalue, error bar) by Lanczos: an eigenvalue lies within the error bar, the residual's norm.
 
-        The vectors are not kept and not orthogonalised again, which repeats eigenvalues but leaves the largest in place.
+        The vectors are not kept and not orthogonalised again: eigenvalues repeat, but the largest stays in its place.
         """
         start = torch.randn(len(self.kept), generator=generator).to(self.logits) * self.kept
         q, previous = start / start.norm(), torch.zeros_like(start)
@@ -565,25 +552,23 @@ def probe_figures(D, total):
     return {"mean": (means.mean(), means.std() / m ** .5), "std": (std, jackknife(left_out))}
 
 
-def sample_figures(entries, weights, total):
-    """The first five figures over `total` weights, of which `weights` survive, from entries of random ones of these.
+def entry_figures(entries, weights, total):
+    """The first five figures over `total` weights, of which `weights` survive, from entries of all or some of these.
 
-    min and max are the sample's; the others have the sampling error as error bar.
+    Of some: min and max are theirs, mean |h| has their sampling error; mean and deviation are better left to probes.
     """
     n, share = len(entries), weights / total
     powers = torch.stack([entries, entries.square(), entries.abs()]).double()
-    sums = powers.sum(1, keepdim=True)
-
-    def statistics(sums, n):
-        mean, square, mean_abs = share * sums / n
-        return torch.stack([mean, (square - mean * mean).clamp(min=0).sqrt(), mean_abs])
-
-    errors = torch.zeros(3)
+    sums = powers.sum(1)
+    mean, square, mean_abs = share * sums / n
+    error = 0.
     if n < weights:
-        errors = jackknife(statistics(sums - powers, n - 1)) * (1 - n / weights) ** .5
+        left_out = share * (sums[:, None] - powers) / (n - 1)
+        error = jackknife(left_out)[2] * (1 - n / weights) ** .5
     with_pruned = entries if weights == total else F.pad(entries, (0, 1))  # the pruned ones are 0
-    values = [with_pruned.min(), with_pruned.max(), *statistics(sums, n)[:, 0]]
-    return dict(zip(FIGURES, zip(values, (0., 0., *errors))))
+    std = (square - mean * mean).clamp(min=0).sqrt()
+    values = with_pruned.min(), with_pruned.max(), mean, std, mean_abs
+    return dict(zip(FIGURES, zip(values, (0., 0., 0., 0., error))))
 
 
 #############################################
@@ -599,23 +584,21 @@ def measure_exact(model, images, labels, mask, generator):
     hessian = Hessian(model, images, labels, mask)
     top = hessian.top_eigenvalue(generator)
     own = labels[own_images()]
-    with Bar("diagonal", len(own), unit="image") as bar:
-        *parts, method = exact_diagonal(model, images[own_images()], own, mask, bar.update)
+    *parts, method = exact_diagonal(model, images[own_images()], own, mask)
     for part in parts:
         for h in part.values():
             ranks.sum_over_ranks_(h.mul_(len(own) / len(labels)))
     loss_part, diagonal = parts
-    check_finite("the Hessian's diagonal", diagonal)
     loss_trace, trace = (sum(float(h.double().sum()) for h in part.values()) for part in parts)
     share = loss_trace / trace if trace else math.nan
     shared = {"top_eigenvalue": top, "trace": (trace, 0.), "gauss_newton_share": (share, 0.)}
     entries = torch.cat([diagonal[name][kept] for name, kept in mask.items()])
-    figures = {scope: shared | sample_figures(entries, len(entries), total) for scope, total in totals(mask).items()}
+    figures = {scope: shared | entry_figures(entries, len(entries), total) for scope, total in totals(mask).items()}
     return figures, {"diagonal": diagonal, "gauss_newton": loss_part}, method
 
 
 def measure_estimate(model, images, labels, mask, weights, probes, generator):
-    """As measure_exact, but from `probes` random vectors and exact entries of `weights` random weights: no diagonals."""
+    """As measure_exact, from `probes` random vectors and exact entries of `weights` random weights; no diagonals."""
     hessian = Hessian(model, images, labels, mask)
     top = hessian.top_eigenvalue(generator)
     D, loss_traces = map(torch.stack, zip(*(hessian.probe(generator) for _ in along(range(probes), "probes"))))
@@ -625,7 +608,7 @@ def measure_estimate(model, images, labels, mask, weights, probes, generator):
     entries = ranks.sum_over_ranks_(torch.stack([hessian.entry(i) for i in along(sample, "weights")]))
     figures = {}
     for scope, total in totals(mask).items():
-        of_sample = sample_figures(entries, survivors, total)
+        of_sample = entry_figures(entries, survivors, total)
         figures[scope] = shared | of_sample | probe_figures(D[:, hessian.chosen], total)
     method = f"estimate: {probes} probes; min, max, mean |h| of {len(entries)} exact entries"
     if len(entries) < survivors:  # (1 - fraction beyond) ** n = 5%
@@ -653,7 +636,7 @@ def analyse(path, name, ticket, train, settings, args):
     if ranks.broadcast(file.exists()):
         earlier = files.load(file)
         if not files.difference(earlier.get("settings", {}), settings, ignored=("sparse",)):
-            return earlier
+            return earlier | {"settings": settings}
     model = trained_network(path, name, ticket, train, args)
     order = torch.randperm(len(train), generator=random_stream(settings["batch_seed"], "hessian batches"))
     measured = []
@@ -823,7 +806,7 @@ def settings_of(args, ticket, train):
             **{key: getattr(args, key) for key in ("batch", "batches", "method", "weights", "probes", "dtype")}}
 
 
-def check(args, ticket_at, train):
+def check_before_training(args, ticket_at, train):
     """Refuse before the training what cannot be measured after it. Raises UserError."""
     if args.batch * args.batches > len(train):
         raise UserError(f"--batch {args.batch} x --batches {args.batches}: more than the {len(train)} training images")
@@ -833,19 +816,27 @@ def check(args, ticket_at, train):
         if totals(ticket["masks"])["surviving"] == 0:
             raise UserError(f"{path}: no prunable weight survives, and so there is no Hessian diagonal to show")
     model = build_network(next(iter(ticket_at.values()))["config"]).to(train.labels.device).eval()
-    images = train.batch(slice(2))[0]
-    if args.method == "exact":
-        Network(model, images)
+    check_network(model, train.batch(slice(2))[0], args.method)
+
+
+def check_network(model, images, method):
+    """Raises UserError unless the network has logits of the images [n, C, H, W], and rules for the exact method."""
     check_eval_mode(model)
-    logits = model(images)
+    try:
+        with torch.no_grad():
+            logits = model(images.clone())  # which it may overwrite
+    except RuntimeError as error:
+        raise UserError(f"the network does not take the dataset's images ({graph.first_line(error)})") from error
     if not torch.is_tensor(logits) or logits.dim() != 2:
         raise UserError("the network returns something else than logits of images and classes")
+    if method == "exact":
+        operations(model, images)
 
 
 def main():
     args = parse()
     ticket_at, train, _ = tickets.load_tickets(args.mask, args, cli.start(args))
-    check(args, ticket_at, train)
+    check_before_training(args, ticket_at, train)
     names = result_names(ticket_at)
     for name in names.values():
         check_apart(result_file(args.out, name), ticket_at)

@@ -31,7 +31,11 @@ class Node:
     module: nn.Module
     sources: list  # the nodes it reads, in the order of the module's arguments
     users: list = field(default_factory=list)  # the nodes that read its value, each once
+    followers: list = field(default_factory=list)  # some of them, see `mark_leading`
     shape: torch.Size = None  # of an image's value, [C, ...]
+
+    def __str__(self):
+        return f"{' '.join(str(self.module).split())} in {self.name}"
 
     @property
     def keeps_channels(self):
@@ -52,7 +56,7 @@ def trace(model, images):
     output = next(reversed(call_graph.nodes)).args[0]
     if not (isinstance(output, fx.Node) and torch.is_tensor(values[output])):
         raise UserError("an output that is not one tensor")
-    needed = dependencies(output)
+    needed = closure(output, lambda call: call.all_input_nodes)
     nodes = []
     node_at = {}  # of each call's value
     for call in call_graph.nodes:
@@ -74,6 +78,34 @@ def run(nodes, images):
     for node in nodes[1:]:
         values[node] = node.module(*(values[source] for source in node.sources))
     return values
+
+
+def mark_leading(nodes, kinds):
+    """Fill in the `followers` of every node: its users that are modules of these kinds, or lead to one."""
+    for node in reversed(nodes):
+        node.followers = [user for user in node.users if isinstance(user.module, kinds) or user.followers]
+
+
+def channel_chain(node):
+    """The followers one after the other through which a change in one channel of the node stays in that channel."""
+    chain = []
+    after = node.followers
+    while len(after) == 1 and after[0].keeps_channels:
+        chain += after
+        after = after[0].followers
+    return chain
+
+
+def closure(start, neighbours):
+    """The set of `start` and of all that neighbours(one of them) lists."""
+    found = set()
+    waiting = [start]
+    while waiting:
+        one = waiting.pop()
+        if one not in found:
+            found.add(one)
+            waiting += neighbours(one)
+    return found
 
 
 #############################################
@@ -135,18 +167,6 @@ def recorded(model, images):
 
 def first_line(error):
     return str(error).strip().split("\n")[0][:100]
-
-
-def dependencies(output):
-    """All calls that `output` depends on, with itself."""
-    found = set()
-    waiting = [output]
-    while waiting:
-        call = waiting.pop()
-        if call not in found:
-            found.add(call)
-            waiting += call.all_input_nodes
-    return found
 
 
 #############################################
@@ -274,7 +294,9 @@ def leaky_relu(input, negative_slope=.01, inplace=False):
 
 
 def dropout(input, p=.5, training=True, inplace=False):
-    return nn.Dropout(p).train(training), input
+    if training:
+        raise ValueError("it draws at random")
+    return nn.Identity(), input
 
 
 def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
@@ -347,7 +369,7 @@ def nodes_of(call, model, node_at, values):
     if not from_images or (sizes and not isinstance(module, Reshape)):
         raise UserError(f"the arguments of {name}")
     if not torch.is_tensor(values[call]):
-        raise UserError(f"{module} in {name}, which returns several tensors")
+        raise UserError(f"several tensors from {name}")
     sources = [node_at[argument] for argument in arguments]
     if isinstance(module, Sum):
         return sum_nodes(name, module.alpha, sources, [values[argument] for argument in arguments], values[call])
@@ -410,7 +432,7 @@ def check_used_once(nodes):
             owner = owners.setdefault(parameter, node)
             if owner is not node:
                 twice = "used twice" if owner.name == node.name else f"with a weight of {owner.name}"
-                raise UserError(f"{node.module} in {node.name} {twice}")
+                raise UserError(f"{node} {twice}")
 
 
 def check_same_output(nodes, model, images):
@@ -441,4 +463,4 @@ def check_images_apart(nodes):
         elif isinstance(module, (nn.Conv2d, nn.InstanceNorm2d, *POOLS)):
             apart = axes == 4
         if not apart:
-            raise UserError(f"{module} in {node.name} on {axes} axes")
+            raise UserError(f"{node} on {axes} axes")

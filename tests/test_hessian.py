@@ -1,5 +1,6 @@
 """hessian.py against second derivatives by their definition in float64, closed forms, identities, linear algebra."""
 import csv
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from common.errors import UserError
 from common.masks import apply_mask, dense_mask
 from common.networks import ConvNet3, ResNet, prunable
 from common.streams import random_stream
+from random_networks import outcome
 
 
 def mixed():
@@ -50,14 +52,14 @@ def prepared(make, n=3, sparsity=0., dtype=torch.float64, size=8, classes=3):
 
 
 def by_definition(model, mask, images, labels):
-    """{parameter name: tensor} of second derivatives, each weight by itself."""
+    """{parameter name: tensor} of second derivatives along each weight by itself."""
     diagonal = {}
     for name, parameter in model.named_parameters():
-        def along(direction):
-            return hessian.second_derivative(model, images, labels, name, direction)
+        def along(unit):
+            return hessian.second_derivative(model, images, labels, {name: unit})
 
-        directions = torch.eye(parameter.numel(), dtype=parameter.dtype).view(-1, *parameter.shape)
-        entries = torch.vmap(along, chunk_size=128)(directions).detach().view_as(parameter)
+        units = torch.eye(parameter.numel(), dtype=parameter.dtype).view(-1, *parameter.shape)
+        entries = torch.vmap(along, chunk_size=128)(units).detach().view_as(parameter)
         diagonal[name] = entries * mask.get(name, True)
     return diagonal
 
@@ -75,6 +77,11 @@ def test_every_entry_against_the_definition(name, sparsity):
     assert (flat(diagonal) - truth).abs().max() < 1e-9 * truth.abs().max()
     curved = any(isinstance(module, nn.GroupNorm) for module in model.modules())
     assert method == ("exact (structured)" if curved else "exact (Gauss-Newton, piecewise linear)")
+
+
+def test_random_networks_are_exact_or_refused():
+    outcomes = Counter(outcome(seed) for seed in range(40))
+    assert outcomes["exact"] > 20 and outcomes["refused"] > 4
 
 
 @pytest.mark.parametrize("make", [lambda: ConvNet3(3, 32, 10),
@@ -177,9 +184,56 @@ def test_what_the_exact_way_lacks_is_named():
     assert "estimate" in label and estimated["all"]["mean"][1] > 0 and not diagonals
 
 
+@pytest.mark.parametrize("layer, name", [
+    (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 2, 3)), "ParametrizedConv2d.* in 0"),
+    (nn.Conv2d(3, 2, 3, padding="same"), "padding=same"), (nn.InstanceNorm2d(3, track_running_stats=True), "track_run"),
+    (nn.AdaptiveMaxPool2d(2), "AdaptiveMaxPool2d")])
+def test_layers_without_a_rule_are_named(layer, name):
+    model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(3)).eval()
+    model(torch.randn(2, 3, 8, 8))
+    with pytest.raises(UserError, match=f"no rule for .*{name}.*--method estimate"):
+        hessian.exact_diagonal(model, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
+
+
 def test_batchnorm_in_train_mode_is_refused():
     with pytest.raises(UserError, match="norm1.*train mode"):
         hessian.check_eval_mode(ConvNet3(3, 8, 3, 2, "batch").train())
+
+
+def test_frozen_parameters_have_derivatives_too():
+    model, mask, images, labels = prepared(NETWORKS["convnet3 batch"])
+    before = hessian.measure_exact(model, images, labels, mask, random_stream(0))[0]
+    model.requires_grad_(False)
+    assert hessian.measure_exact(model, images, labels, mask, random_stream(0))[0] == before
+    assert hessian.measure_estimate(model, images, labels, mask, 5, 3, random_stream(0))[0]["all"]["mean"][0] != 0
+
+
+@pytest.mark.parametrize("survivors", [1, 2])
+def test_a_network_of_few_weights(survivors):
+    """conv2 has none left, so nothing depends on the images, and every entry is 0."""
+    model, _, images, labels = prepared(NETWORKS["convnet3 instance"])
+    mask = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in prunable(model).items()}
+    mask["conv1.weight"].view(-1)[:survivors] = True
+    apply_mask(model, mask)
+    exact = hessian.measure_exact(model, images, labels, mask, random_stream(0))[0]["surviving"]
+    estimate = hessian.measure_estimate(model, images, labels, mask, 5, 3, random_stream(0))[0]["surviving"]
+    for name in ("min", "max", "mean", "std", "mean_abs"):
+        assert exact[name] == (0, 0) and estimate[name] == (0, 0)
+    assert exact["trace"][0] > 0  # of the classifier's biases
+
+
+def test_an_entry_that_is_not_finite_is_named():
+    model, mask, images, labels = prepared(NETWORKS["convnet3 none"], dtype=torch.float32)
+    with torch.no_grad():
+        model.linear.weight.fill_(3e38)  # finite, but no sum of them
+    with pytest.raises(UserError, match=r"diagonal is (nan|inf) at conv1.weight\[0, 0, 0, 0\]"):
+        hessian.exact_diagonal(model, images, labels)
+    with pytest.raises(UserError, match=r"product with the Hessian is (nan|inf) at conv1.weight\[0, 0, 0, 0\]"):
+        hessian.measure_estimate(model, images, labels, mask, 5, 3, random_stream(0))
+
+
+def test_zero_is_not_missing_in_the_table():
+    assert hessian.cells({"min": 0., "max": .5, "mean": 0., "std": 0.})[:3] == ("0 / 0.5", "0 +- 0", "")
 
 
 def test_script_writes_and_reuses_its_results(script, refused, tmp_path):
