@@ -183,8 +183,9 @@ def locked(path, wait=False):
         except BlockingIOError:
             file.close()
             raise UserError(f"{path.parent} is in use by another process; choose another --out, or wait") from None
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
         file.close()  # who held it has removed it meanwhile
     try:
         yield

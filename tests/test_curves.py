@@ -128,6 +128,7 @@ def test_a_line_a_minute_however_long_an_epoch_is(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(bars.time, "monotonic", clock)  # every look at it is a second later
     config = {"dataset": "digits", "model": "convnet3", "width": 4}
     split, _ = load_real(config, tmp_path)
+    capsys.readouterr()
     train_saved(tmp_path / "r1.pt", {}, "round 1", build_network(config), split, Recipe(1, batch_size=4),
                 random_stream(0))
     said = [int(re.search(r"(\d+) s$", line)[1]) for line in capsys.readouterr().out.splitlines()]
