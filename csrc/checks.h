@@ -157,8 +157,8 @@ inline void check_norm_relu_pool(const Tensor& x, const Tensor& weight, const Te
 // A tensor that goes with others: of this type and shape, on this device.
 inline void check_like(const char* what, const Tensor& t, at::ScalarType type, at::IntArrayRef sizes,
                        at::Device device) {
-  TORCH_CHECK(t.scalar_type() == type && t.sizes() == sizes && t.device() == device, what, " is ", type, " ", sizes,
-              " on ", device, ", got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
+  TORCH_CHECK(t.scalar_type() == type && t.sizes() == sizes && t.device() == device, what, " should be ", type, " ",
+              sizes, " on ", device, ", got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
 }
 
 inline void check_norm_relu_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -167,7 +167,7 @@ inline void check_norm_relu_pool_backward(const Tensor& grad, const Tensor& x, c
   const std::array<int64_t, 4> pooled = {x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2};
   check_like("norm_relu_pool_backward: grad", grad, x.scalar_type(), pooled, x.device());
   for (const Tensor* t : {&mean, &rstd})
-    check_like("norm_relu_pool_backward: mean and rstd", *t, weight.scalar_type(), x.sizes().slice(0, 2), x.device());
+    check_like("norm_relu_pool_backward: mean or rstd", *t, weight.scalar_type(), x.sizes().slice(0, 2), x.device());
 }
 
 // Returns the convolution's output height and width.
@@ -195,7 +195,7 @@ inline std::array<int64_t, 2> check_conv_norm_relu_pool_backward(const Tensor& g
   const std::array<int64_t, 2> statistics = {x.size(0), kernel.size(0)};
   check_like("conv_norm_relu_pool_backward: grad", grad, x.scalar_type(), pooled, x.device());
   for (const Tensor* t : {&mean, &rstd})
-    check_like("conv_norm_relu_pool_backward: mean and rstd", *t, weight.scalar_type(), statistics, x.device());
+    check_like("conv_norm_relu_pool_backward: mean or rstd", *t, weight.scalar_type(), statistics, x.device());
   return plane;
 }
 
@@ -267,7 +267,7 @@ inline void check_batch_norm_relu_backward(const Tensor& grad, const Tensor& x, 
   check_batch_norm_relu(x, weight, bias, y);
   check_like("batch_norm_relu_backward: grad", grad, at::kFloat, x.sizes(), x.device());
   for (const Tensor* t : {&mean, &variance})
-    check_like("batch_norm_relu_backward: mean and variance", *t, at::kFloat, weight.sizes(), x.device());
+    check_like("batch_norm_relu_backward: mean or variance", *t, at::kFloat, weight.sizes(), x.device());
 }
 
 inline void check_bias_relu(const Tensor& x, const Tensor& bias, const OptionalTensor& shortcut) {

@@ -14,7 +14,6 @@ constexpr int kPoints = 36;
 constexpr int kTiles = 18;      // whose V stays in a core's second-level cache, forward
 constexpr int kGradTiles = 48;  // that share a pass over dU, backward
 
-constexpr int kVec = 8;
 using V = Vec<float, kVec>;
 
 // The distance between the 36 points' matrices of so many floats: keeps them out of each other's cache sets.

@@ -15,8 +15,6 @@ namespace {
 constexpr int kRun = 4;   // neighbouring positions whose sums are held in registers
 constexpr int kTaps = 6;  // taps whose weight gradients are held in registers
 
-constexpr int kVec = kGroup / 2;
-
 // The image with its padding, and where in it each tap of the kernel looks.
 template <class A>
 struct Padded {

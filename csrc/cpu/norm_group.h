@@ -11,7 +11,7 @@
 
 namespace lottery {
 
-constexpr int kGroup = 16;
+constexpr int kGroup = 16, kVec = kGroup / 2;  // channels in a group, in a vector
 
 struct Plane {
   int64_t height, width;

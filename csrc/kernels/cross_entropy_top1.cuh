@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(32 * kLossWarps, 4)
       const float v = __shfl_xor_sync(~0u, best, step);
       const int c = __shfl_xor_sync(~0u, top, step);
       const bool equal = v == best || (v != v && best != best);
-      if (c < classes && (top == classes || better(v, best) || (equal && c < top))) best = v, top = c;
+      if (better(v, best) || (equal && c < top)) best = v, top = c;
     }
     float total = 0;
     for (int c = lane; c < classes; c += 32) total += expf(float(row[c]) - best);

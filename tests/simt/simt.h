@@ -28,6 +28,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define __shared__ static  // AddressSanitizer puts red zones around statics ...
 #else
@@ -99,6 +100,14 @@ inline uint32_t random() {
   seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
   return uint32_t(seed >> 16);
 }
+
+// While one lives, launches run only `count` blocks from `first` on, of a grid that is too large to run whole.
+struct Part {
+  dim3 first, count;
+  static inline const Part* current = nullptr;
+  Part(dim3 first, dim3 count) : first(first), count(count) { current = this; }
+  ~Part() { current = nullptr; }
+};
 
 inline void note(const std::string& message) {
   if (block.error.empty()) block.error = message;
@@ -262,15 +271,27 @@ inline void run_block() {
   }
 }
 
+inline std::vector<char*> stacks;  // made once, for all launches
+
+inline char* stack_of(size_t thread) {
+  while (stacks.size() <= thread) {
+    char* memory =
+        static_cast<char*>(mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(memory, kGuard, PROT_NONE);
+    stacks.push_back(memory + kGuard);
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stacks[thread], kStack);  // the fiber before never returned
+#endif
+  return stacks[thread];
+}
+
 inline void make_threads(size_t count) {
   block.threads.assign(count, Thread{});
   for (size_t i = 0; i < count; ++i) {
     Thread& t = block.threads[i];
     t.number = int(i);
-    char* memory =
-        static_cast<char*>(mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    mprotect(memory, kGuard, PROT_NONE);
-    t.stack = memory + kGuard;
+    t.stack = stack_of(i);
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack;
     t.context.uc_stack.ss_size = kStack;
@@ -279,7 +300,6 @@ inline void make_threads(size_t count) {
 }
 
 inline void drop_threads() {
-  for (Thread& t : block.threads) munmap(t.stack - kGuard, kStack + kGuard);
   block.threads.clear();
   block.error.clear();
 }
@@ -300,12 +320,15 @@ void launch(dim3 grid, dim3 threads, size_t shared, void (*kernel)(Params...), A
   gridDim = grid, blockDim = threads;
   block.body = [=] { kernel(static_cast<Params>(args)...); };
   block.dynamic = std::vector<char>(shared);
-  std::vector<size_t> order(size_t(grid.x) * grid.y);
-  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  const dim3 first = Part::current ? Part::current->first : dim3(0, 0);
+  const dim3 blocks = Part::current ? Part::current->count : grid;
+  std::vector<uint3> order;
+  for (unsigned y = 0; y < blocks.y; ++y)
+    for (unsigned x = 0; x < blocks.x; ++x) order.push_back({first.x + x, first.y + y, 0});
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random() % i]);
   if (simt_race_new_block) simt_race_new_block(true);
-  for (size_t i : order) {
-    blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x), 0};
+  for (uint3 index : order) {
+    blockIdx = index;
     run_block();
   }
 }

@@ -1,5 +1,6 @@
-// Every kernel of csrc/kernels/ against a plain computation in double: several sizes with tails, misaligned tensors,
-// float32, float16 and bfloat16, in several orders of threads. Arguments: how many orders (seeds) to run.
+// Every kernel of csrc/kernels/ against a plain computation in double: several sizes with tails, each tensor misaligned
+// on its own, offsets beyond 2^31, float32, float16 and bfloat16, in several orders of threads. Argument: how many
+// orders (seeds) to run. mutants.py shows which mistakes in the kernels this finds.
 #define SIMT_CPU
 #include "simt.h"
 //
@@ -9,7 +10,11 @@
 #include "../../csrc/kernels/masked_sgd.cuh"
 #include "../../csrc/kernels/norm_relu_pool.cuh"
 
+#include <climits>
+
 using namespace lottery;
+
+constexpr size_t kHuge = size_t(1) << 31;
 
 struct BFloat16 {  // the upper half of a float, rounded to nearest even
   uint16_t bits;
@@ -63,20 +68,34 @@ T rounded(double v) {
     return T(float(v));
 }
 
-// A tensor on the heap that ends where its memory ends; `shift` elements behind a 16-byte boundary.
+// A tensor on the heap that ends where its memory ends; `shift` elements behind a 16-byte boundary. A huge one takes
+// addresses alone: its pages come when they are touched, as zeros, and fill() is for the part that is used.
 template <class T>
 struct Tensor {
+  size_t bytes;
+  bool huge;
   char* memory;
   T* data;
-  size_t size;
 
-  explicit Tensor(size_t size, int shift = 0) : size(size) {
-    memory = static_cast<char*>(malloc((size + shift) * sizeof(T)));
-    data = reinterpret_cast<T*>(memory) + shift;
-    for (size_t i = 0; i < size; ++i) data[i] = rounded<T>(uniform());
+  explicit Tensor(size_t size, bool shift = false)
+      : bytes((size + shift) * sizeof(T)), huge(bytes > 1 << 26),
+        memory(static_cast<char*>(huge ? mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+                                       : malloc(bytes))),
+        data(reinterpret_cast<T*>(memory) + shift) {
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    if (!huge) fill(0, size);
   }
-  ~Tensor() { free(memory); }
+  ~Tensor() {
+    if (huge)
+      munmap(memory, bytes);
+    else
+      free(memory);
+  }
   Tensor(const Tensor&) = delete;
+  void fill(size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) data[i] = rounded<T>(uniform());
+  }
   double operator[](size_t i) const { return value(data[i]); }
 };
 
@@ -88,36 +107,44 @@ void check(const std::string& what, double error, double allowed) {
   ++failures;
 }
 
-void keep_largest(double& error, double one, double other) {
+void keep_largest(double& error, double one, double other) {  // NaN is the largest
   const double d = std::abs(one - other) / std::max(1., std::abs(other));
-  if (!(d <= error)) error = d;
+  if (!std::isnan(error) && !(d <= error)) error = d;
 }
+
+// What masked_sgd_ makes of a weight and its momentum.
+struct Updated {
+  double p, m;
+  Updated(double p, double g, double momentum, bool keep, const SgdStep& step) {
+    g += step.weight_decay * p;
+    m = step.momentum * momentum + (1 - step.dampening) * g;
+    this->p = keep ? p - step.lr * (step.nesterov ? g + step.momentum * m : m) : 0;
+    m = keep ? m : 0;
+  }
+};
 
 template <class T>
 void test_masked_sgd(const SgdStep& step) {
-  const std::vector<int> sizes = {1, 3, 8, 63, 1025, 4096, 4100, 64, 64};
+  const std::string off[] = {"", "", "", "", "", "", "", "param", "grad", "momentum", "mask", ""};
+  const std::vector<int> sizes = {1, 3, 8, 63, 1025, 4096, 4100, 64, 64, 64, 64, 64};
   std::vector<Tensor<T>*> params, grads;
   std::vector<Tensor<float>*> momenta;
   std::vector<Tensor<unsigned char>*> masks;
-  std::vector<std::vector<double>> want_p, want_m;
+  std::vector<std::vector<Updated>> want;
   SgdTensors<T> batch;
   batch.count = int(sizes.size());
   batch.first_block[0] = 0;
   for (int i = 0; i < batch.count; ++i) {
-    const int n = sizes[i], shift = i == 7;  // one misaligned
-    params.push_back(new Tensor<T>(n, shift));
-    grads.push_back(new Tensor<T>(n));
-    momenta.push_back(new Tensor<float>(n));
-    masks.push_back(new Tensor<unsigned char>(n));
-    want_p.emplace_back(n), want_m.emplace_back(n);
+    const int n = sizes[i];
+    params.push_back(new Tensor<T>(n, off[i] == "param"));
+    grads.push_back(new Tensor<T>(n, off[i] == "grad"));
+    momenta.push_back(new Tensor<float>(n, off[i] == "momentum"));
+    masks.push_back(new Tensor<unsigned char>(n, off[i] == "mask"));
+    want.emplace_back();
     const bool masked = i % 3 != 2;
     for (int j = 0; j < n; ++j) {
       const bool keep = (masks[i]->data[j] = rand() % 2);
-      const double p = (*params[i])[j], g = (*grads[i])[j] + step.weight_decay * p;
-      const double m = step.momentum * (*momenta[i])[j] + (1 - step.dampening) * g;
-      const double update = step.nesterov ? g + step.momentum * m : m;
-      want_p[i][j] = keep || !masked ? p - step.lr * update : 0;
-      want_m[i][j] = keep || !masked ? m : 0;
+      want[i].emplace_back((*params[i])[j], (*grads[i])[j], (*momenta[i])[j], keep || !masked, step);
     }
     batch.param[i] = params[i]->data, batch.grad[i] = grads[i]->data, batch.momentum[i] = momenta[i]->data;
     batch.mask[i] = masked ? masks[i]->data : nullptr;
@@ -128,93 +155,132 @@ void test_masked_sgd(const SgdStep& step) {
   double error = 0;
   for (int i = 0; i < batch.count; ++i)
     for (int j = 0; j < sizes[i]; ++j) {
-      keep_largest(error, (*params[i])[j], want_p[i][j]);
-      keep_largest(error, (*momenta[i])[j], want_m[i][j]);
+      keep_largest(error, (*params[i])[j], want[i][j].p);
+      keep_largest(error, (*momenta[i])[j], want[i][j].m);
       if (batch.mask[i] && !batch.mask[i][j] && ((*params[i])[j] != 0 || (*momenta[i])[j] != 0)) error = NAN;
     }
   check(std::string("masked_sgd ") + name_of<T>, error, tolerance<T>);
   for (int i = 0; i < batch.count; ++i) delete params[i], delete grads[i], delete momenta[i], delete masks[i];
 }
 
+void test_masked_sgd_of_a_huge_tensor() {
+  const size_t size = kHuge + kSgdBlock + 5, ends[] = {0, size - kSgdBlock - 5};  // the first block, the last two
+  const SgdStep step{.1f, .9f, 0.f, .01f, false};
+  Tensor<Half> params(size), grads(size);
+  Tensor<float> momenta(size);
+  Tensor<unsigned char> mask(size);
+  for (const size_t begin : ends) {
+    const size_t end = std::min(size, begin + kSgdBlock + 5);
+    params.fill(begin, end), grads.fill(begin, end), momenta.fill(begin, end);
+    std::vector<Updated> want;
+    for (size_t i = begin; i < end; ++i)
+      want.emplace_back(params[i], grads[i], momenta[i], mask.data[i] = rand() % 2, step);
+    SgdTensors<Half> batch{{params.data}, {grads.data}, {momenta.data}, {mask.data}, {(long long)size}};
+    batch.count = 1;
+    batch.first_block[1] = (size + kSgdBlock - 1) / kSgdBlock;
+    const simt::Part part(dim3(begin / kSgdBlock, 0), begin ? 2 : 1);
+    LAUNCH(masked_sgd_kernel<Half>, batch.first_block[1], kSgdThreads, 0, 0, batch, step);
+    double error = 0;
+    for (size_t i = begin; i < (begin ? end : kSgdBlock); ++i) {
+      keep_largest(error, params[i], want[i - begin].p);
+      keep_largest(error, momenta[i], want[i - begin].m);
+    }
+    check("masked_sgd of a huge tensor", error, tolerance<Half>);
+  }
+}
+
+// Of states that are huge, the last `tail` parameters.
 template <int M>
-void test_combine(int count, int size, int shift, bool masked) {
+void test_combine(int count, size_t size, bool masked, const std::string& off = "", size_t tail = 0) {
   const int total = 7, chunk = 3;
-  Tensor<float> states(size_t(count) * size, shift), coefficients(total * count), points(size_t(total) * size);
-  Tensor<unsigned char> keep(size);
-  for (int i = 0; i < size; ++i) keep.data[i] = rand() % 2;
-  LAUNCH(combine_kernel<M>, dim3(2, (total + chunk - 1) / chunk), kCombineThreads, chunk * count * sizeof(float), 0,
-         points.data, (const float*)states.data, (const float*)coefficients.data,
+  Tensor<float> states(count * size, off == "states"), points(total * size, off == "points");
+  Tensor<float> coefficients(total * count);
+  Tensor<unsigned char> keep(size, off == "keep");
+  const size_t begin = tail ? size - tail : 0;
+  for (int m = 0; m < count && tail; ++m) states.fill(m * size + begin, (m + 1) * size);
+  for (size_t i = begin; i < size; ++i) keep.data[i] = rand() % 2;
+  const unsigned chunks = (total + chunk - 1) / chunk, a_block = kCombineThreads * (size % 4 ? 1 : 4);
+  const unsigned blocks = tail ? (size + a_block - 1) / a_block : 2, first = begin / a_block;
+  const simt::Part part(dim3(first, 0), dim3(blocks - first, chunks));
+  LAUNCH(combine_kernel<M>, dim3(blocks, chunks), kCombineThreads, chunk * count * sizeof(float), 0, points.data,
+         (const float*)states.data, (const float*)coefficients.data,
          (const unsigned char*)(masked ? keep.data : nullptr), (long long)size, count, total, chunk);
   double error = 0;
   for (int k = 0; k < total; ++k)
-    for (int i = 0; i < size; ++i) {
+    for (size_t i = begin; i < size; ++i) {
       double sum = 0;
-      for (int m = 0; m < count; ++m) sum += coefficients[k * count + m] * states[size_t(m) * size + i];
-      keep_largest(error, points[size_t(k) * size + i], masked && !keep.data[i] ? 0 : sum);
+      for (int m = 0; m < count; ++m) sum += coefficients[k * count + m] * states[m * size + i];
+      keep_largest(error, points[k * size + i], masked && !keep.data[i] ? 0 : sum);
     }
-  check("combine<" + std::to_string(M) + "> of " + std::to_string(size), error, tolerance<float>);
+  check("combine<" + std::to_string(M) + "> of " + std::to_string(size) + " " + off, error, tolerance<float>);
 }
 
+// The last network of `networks`; huge ones are not looked at whole.
 template <class T>
-void test_cross_entropy_top1(int classes) {
-  const int networks = 2, images = 21, blocks = 2;
+void test_cross_entropy_top1(int classes, int networks = 2) {
+  const int images = 21, blocks = 2, last = networks - 1;
+  const size_t begin = size_t(last) * images * classes;
   Tensor<T> logits(size_t(networks) * images * classes);
   Tensor<long long> labels(images);
-  Tensor<double> sums(networks * blocks * 3);
+  Tensor<double> sums(size_t(networks) * blocks * 3);
+  logits.fill(begin, begin + images * classes);
   for (int b = 0; b < images; ++b) labels.data[b] = rand() % classes;
-  for (int k = 0; k < networks; ++k) {  // ties: the first counts, whatever the lane it falls to
-    T* row = logits.data + (k * images + 5) * classes;
-    row[classes / 3] = row[classes - 1] = T(9.f);
-  }
+  T* tied = logits.data + begin + 5 * classes;  // the first counts, whatever the lane it falls to
+  tied[classes / 3] = tied[classes - 1] = T(9.f);
   labels.data[5] = classes / 3;
+  const simt::Part part(dim3(0, last), dim3(blocks, 1));
   LAUNCH(cross_entropy_top1_kernel<T>, dim3(blocks, networks), 32 * kLossWarps, 0, 0, (const T*)logits.data,
          (const long long*)labels.data, (long long)images, classes, sums.data);
-  for (int k = 0; k < networks; ++k) {
-    double want[3] = {}, error = 0;
-    for (int b = 0; b < images; ++b) {
-      const size_t row = (size_t(k) * images + b) * classes;
-      double total = 0;
-      int top = 0;
-      for (int c = 0; c < classes; ++c) {
-        total += exp(logits[row + c]);
-        if (logits[row + c] > logits[row + top]) top = c;
-      }
-      const double loss = log(total) - logits[row + labels.data[b]];
-      want[0] += loss, want[1] += loss * loss, want[2] += top == labels.data[b];
+  double want[3] = {}, error = 0;
+  for (int b = 0; b < images; ++b) {
+    const size_t row = begin + b * classes;
+    double total = 0;
+    int top = 0;
+    for (int c = 0; c < classes; ++c) {
+      total += exp(logits[row + c]);
+      if (logits[row + c] > logits[row + top]) top = c;
     }
-    for (int i = 0; i < 3; ++i) keep_largest(error, sums[k * blocks * 3 + i] + sums[(k * blocks + 1) * 3 + i], want[i]);
-    check(std::string("cross_entropy_top1 ") + name_of<T>, error, 1e-5);
+    const double loss = log(total) - logits[row + labels.data[b]];
+    want[0] += loss, want[1] += loss * loss, want[2] += top == labels.data[b];
   }
+  const double* of_last = sums.data + last * blocks * 3;
+  for (int i = 0; i < 3; ++i) keep_largest(error, of_last[i] + of_last[3 + i], want[i]);
+  check(std::string("cross_entropy_top1 ") + name_of<T> + " of " + std::to_string(classes), error, 1e-5);
 }
 
-void test_cross_entropy_top1_of_nan_and_bad_label() {
+// One image of 5 classes: its loss must be NaN, and a hit as given.
+void test_cross_entropy_top1_without_loss(const std::string& what, float logit, int at, long long label, int hit) {
   const int classes = 5;
-  Tensor<float> logits(2 * classes);
-  Tensor<long long> labels(2);
+  Tensor<float> logits(classes);
+  Tensor<long long> labels(1);
   Tensor<double> sums(3);
-  logits.data[3] = NAN;  // on top, as in torch.argmax
-  labels.data[0] = 3, labels.data[1] = classes;
+  for (int c = 0; c < classes; ++c)
+    if (at < 0 || c == at) logits.data[c] = logit;
+  labels.data[0] = label;
   LAUNCH(cross_entropy_top1_kernel<float>, 1, 32 * kLossWarps, 0, 0, (const float*)logits.data,
-         (const long long*)labels.data, 2ll, classes, sums.data);
-  check("NaN and bad labels", std::isnan(sums[0]) && sums[2] == 1 ? 0 : 1, 0);
+         (const long long*)labels.data, 1ll, classes, sums.data);
+  check("cross_entropy_top1 of " + what, std::isnan(sums[0]) && std::isnan(sums[1]) && sums[2] == hit ? 0 : 1, 0);
 }
 
+// `planes` planes, the last 9 of which are looked at.
 template <class T, class A, int kThreads>
-void test_norm_relu_pool(int height, int width, int shift) {
-  const int images = 3, channels = 3, planes = images * channels, size = height * width;
-  const int pooled_size = height / 2 * (width / 2);
+void test_norm_relu_pool(int height, int width, const std::string& off = "", size_t planes = 9) {
+  const int channels = 3, size = height * width, pooled_size = height / 2 * (width / 2);
+  const size_t first = planes - 9;
   const double eps = 1e-5;
-  Tensor<T> x(size_t(planes) * size, shift), pooled(size_t(planes) * pooled_size), grad(size_t(planes) * pooled_size);
-  Tensor<T> dx(size_t(planes) * size, shift);
+  Tensor<T> x(planes * size, off == "x"), pooled(planes * pooled_size, off == "pooled");
+  Tensor<T> grad(planes * pooled_size, off == "grad"), dx(planes * size, off == "dx");
   Tensor<A> weight(channels), bias(channels), mean(planes), rstd(planes), dweight(planes), dbias(planes);
-  const unsigned blocks = kThreads == 32 ? (planes + kNormThreads / 32 - 1) / (kNormThreads / 32) : planes;
+  x.fill(first * size, planes * size), grad.fill(first * pooled_size, planes * pooled_size);
+  const unsigned a_block = kNormThreads / kThreads, blocks = (planes + a_block - 1) / a_block;
+  const simt::Part part(dim3(first / a_block, 0), dim3(blocks - first / a_block));
   LAUNCH((norm_relu_pool_kernel<T, A, kThreads>), blocks, kNormThreads, 0, 0, (const T*)x.data, (const A*)weight.data,
          (const A*)bias.data, pooled.data, mean.data, rstd.data, (long long)planes, channels, height, width, A(eps));
   LAUNCH((norm_relu_pool_backward_kernel<T, A, kThreads>), blocks, kNormThreads, 0, 0, (const T*)grad.data,
          (const T*)x.data, (const A*)weight.data, (const A*)bias.data, (const A*)mean.data, (const A*)rstd.data,
          dx.data, dweight.data, dbias.data, (long long)planes, channels, height, width);
   double error = 0, error_backward = 0;
-  for (int p = 0; p < planes; ++p) {
+  for (size_t p = first; p < planes; ++p) {
     const double w = weight[p % channels], b = bias[p % channels];
     double m = 0, v = 0, sum = 0, sum_normal = 0;
     std::vector<double> normal(size), g(size, 0.), out(pooled_size, 0.);
@@ -236,37 +302,59 @@ void test_norm_relu_pool(int height, int width, int shift) {
     keep_largest(error_backward, value(dweight.data[p]), sum_normal);
     keep_largest(error_backward, value(dbias.data[p]), sum);
   }
-  const std::string what = std::string(name_of<T>) + " " + std::to_string(height) + " x " + std::to_string(width);
+  const std::string what =
+      std::string(name_of<T>) + " " + std::to_string(height) + " x " + std::to_string(width) + " " + off;
   check("norm_relu_pool " + what, error, tolerance<T>);
   check("norm_relu_pool_backward " + what, error_backward, 4 * tolerance<T>);
 }
 
-template <class T, class A>
-void test_bias_relu(int channels, int inner, bool channels_last, bool with_shortcut, int shift) {
-  const int images = 2, size = images * channels * inner;
-  Tensor<T> x(size, shift), bias(channels), shortcut(size, shift);
-  std::vector<double> want(size);
-  for (int i = 0; i < size; ++i)
-    want[i] = std::max(0., x[i] + bias[(channels_last ? i : i / inner) % channels] + (with_shortcut ? shortcut[i] : 0));
-  LAUNCH((bias_relu_kernel<T, A, unsigned>), 3, kBiasReluThreads, 0, 0, x.data, (const T*)bias.data,
-         (const T*)(with_shortcut ? shortcut.data : nullptr), unsigned(size), unsigned(channels),
-         unsigned(channels_last ? 1 : inner));
+void test_nan_passes_norm_relu_pool() {
+  const int size = 8, pooled_size = 2;  // of a plane of 2 x 4, the first of two
+  Tensor<float> x(2 * size), pooled(2 * pooled_size), weight(1), bias(1), mean(2), rstd(2);
+  x.data[3] = NAN;
+  LAUNCH((norm_relu_pool_kernel<float, float, 32>), 1, kNormThreads, 0, 0, (const float*)x.data,
+         (const float*)weight.data, (const float*)bias.data, pooled.data, mean.data, rstd.data, 2ll, 1, 2, 4, 1e-5f);
+  const bool first = std::isnan(pooled[0]) && std::isnan(pooled[1]), second = std::isnan(pooled[2] + pooled[3]);
+  check("NaN in norm_relu_pool", first && !second ? 0 : 1, 0);
+}
+
+// Of a huge x, the last `tail` elements.
+template <class T, class A, class I = unsigned>
+void test_bias_relu(int channels, int inner, bool channels_last, bool with_shortcut, const std::string& off = "",
+                    size_t images = 2, size_t tail = 0) {
+  const size_t size = images * channels * inner, begin = tail ? size - tail : 0;
+  Tensor<T> x(size, off == "x"), bias(channels, off == "bias"), shortcut(size, off == "shortcut");
+  x.fill(begin, size), shortcut.fill(begin, size);
+  if (!tail) x.data[1] = rounded<T>(NAN);
+  std::vector<double> want;
+  for (size_t i = begin; i < size; ++i) {
+    const double z = x[i] + bias[(channels_last ? i : i / inner) % channels] + (with_shortcut ? shortcut[i] : 0);
+    want.push_back(z < 0 ? 0 : z);
+  }
+  const unsigned a_block = kBiasReluThreads * ((channels_last ? channels : inner) % kPack<T> ? 1 : kPack<T>);
+  const unsigned blocks = tail ? (size + a_block - 1) / a_block : 3, first = begin / a_block;
+  const simt::Part part(dim3(first, 0), dim3(blocks - first));
+  LAUNCH((bias_relu_kernel<T, A, I>), blocks, kBiasReluThreads, 0, 0, x.data, (const T*)bias.data,
+         (const T*)(with_shortcut ? shortcut.data : nullptr), I(size), I(channels), I(channels_last ? 1 : inner));
   double error = 0;
-  for (int i = 0; i < size; ++i) keep_largest(error, x[i], want[i]);
-  check(std::string("bias_relu ") + name_of<T>, error, tolerance<T>);
+  for (size_t i = begin; i < size; ++i)
+    if (std::isnan(want[i - begin]))
+      error = std::isnan(x[i]) ? error : NAN;
+    else
+      keep_largest(error, x[i], want[i - begin]);
+  check(std::string("bias_relu ") + name_of<T> + " " + off, error, tolerance<T>);
 }
 
 template <class T, class A = float>
 void test_all_of() {
-  for (int shift : {0, 1}) {
-    test_norm_relu_pool<T, A, 32>(8, 16, shift);
-    test_norm_relu_pool<T, A, kNormThreads>(32, 32, shift);
-    test_bias_relu<T, A>(8, 16, false, true, shift);
-    test_bias_relu<T, A>(16, 9, true, false, shift);
-    test_bias_relu<T, A>(3, 25, shift, true, 0);
-  }
-  test_norm_relu_pool<T, A, 32>(5, 7, 0);
-  test_norm_relu_pool<T, A, kNormThreads>(3, 64, 0);
+  for (const char* off : {"", "x", "pooled", "grad", "dx"}) test_norm_relu_pool<T, A, 32>(8, 16, off);
+  for (const char* off : {"", "x"}) test_norm_relu_pool<T, A, kNormThreads>(32, 32, off);
+  test_norm_relu_pool<T, A, 32>(5, 7);
+  test_norm_relu_pool<T, A, 32>(4, 7);
+  test_norm_relu_pool<T, A, kNormThreads>(3, 64);
+  for (const char* off : {"", "x", "shortcut"}) test_bias_relu<T, A>(8, 16, false, true, off);
+  for (const char* off : {"", "x", "bias"}) test_bias_relu<T, A>(16, 9, true, false, off);
+  test_bias_relu<T, A>(3, 25, false, true);
 }
 
 template <class T>
@@ -275,6 +363,19 @@ void test_low_precision_of() {
   test_masked_sgd<T>({.1f, .9f, .3f, .01f, true});
   for (int classes : {10, 45}) test_cross_entropy_top1<T>(classes);
   test_all_of<T>();
+}
+
+// Offsets that 32 bits do not hold, and the largest plane, at whose end an int still counts.
+void test_huge_tensors() {
+  test_masked_sgd_of_a_huge_tensor();
+  test_combine<2>(2, kHuge + 404, true, "", 404);
+  test_combine<0>(2, kHuge + 403, true, "", 403);
+  test_cross_entropy_top1<Half>(3121, 65535);  // more than 2^32 logits
+  test_norm_relu_pool<Half, float, 32>(16, 32, "", (1 << 24) + 17);  // more than 2^31 cells
+  test_norm_relu_pool<Half, float, kNormThreads>(16, 32, "", (1 << 24) + 17);
+  test_bias_relu<Half, float, long long>(2, 1024, false, true, "", (1 << 20) + 1, 2048);
+  test_bias_relu<Half, float, long long>(2, 1023, false, true, "", (1 << 20) + 2000, 2046);
+  check("the largest plane", double(kLargestPlane) + kNormThreads * kPack<Half> <= INT_MAX ? 0 : 1, 0);
 }
 
 int main(int, char** arguments) {
@@ -286,13 +387,18 @@ int main(int, char** arguments) {
     test_low_precision_of<Half>();
     test_low_precision_of<BFloat16>();
     test_all_of<double, double>();
-    test_cross_entropy_top1_of_nan_and_bad_label();
-    test_combine<2>(2, 1200, 0, true);
-    test_combine<2>(2, 1200, 1, false);
-    test_combine<3>(3, 401, 0, true);
-    test_combine<4>(4, 404, 0, false);
-    test_combine<0>(5, 404, 0, true);
+    test_nan_passes_norm_relu_pool();
+    test_cross_entropy_top1_without_loss("NaN", NAN, 3, 3, 1);  // on top, as in torch.argmax
+    test_cross_entropy_top1_without_loss("-infinity alone", -INFINITY, -1, 0, 1);
+    test_cross_entropy_top1_without_loss("a label too large", 0, 0, 5, 0);
+    test_cross_entropy_top1_without_loss("a negative label", 0, 0, -1, 0);
+    test_combine<2>(2, 1200, true);
+    for (const char* off : {"states", "points", "keep"}) test_combine<2>(2, 404, true, off);
+    test_combine<3>(3, 401, true);
+    test_combine<4>(4, 404, false);
+    test_combine<0>(5, 404, true);
   }
+  test_huge_tensors();
   printf("%d failures\n", failures);
   return failures != 0;
 }
