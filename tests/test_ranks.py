@@ -108,7 +108,11 @@ def test_distilled_sets_are_the_same_bit_for_bit(folders):
 
 def test_two_processes_print_what_one_prints_once(folders):
     *_, one, two = folders
-    assert two.split("landscape")[0] == one.split("landscape")[0] and two.count("written:") == one.count("written:")
+    before = [text.split("landscape")[0].splitlines() for text in (one, two)]
+    # A training says its lines where it is done: ahead of the others' tables when ranks share it out.
+    tables = [[line for line in lines if ": epoch " not in line] for lines in before]
+    assert tables[0] == tables[1] and sorted(before[0]) == sorted(before[1])
+    assert two.count("written:") == one.count("written:")
 
 
 def test_killed_rank_is_restarted_and_nothing_is_done_twice(folders, tmp_path):
