@@ -1,0 +1,257 @@
+"""Draw every table and picture of docs/study.md from the tables in docs/study/.
+
+    python study/report.py
+
+A table stands between <!-- table NAME --> and <!-- end -->, where this writes it; all other text is left as it is. An
+effect is a difference between two cells of the same seed; its interval is that of Student's t over the seeds, 95%. An
+interval that includes 0 leaves it unresolved.
+"""
+import argparse
+import math
+import re
+import statistics
+from pathlib import Path
+
+import runs
+
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees of freedom
+NAMES = {"dense": "dense", "imp": "IMP", "synthetic": "synthetic", "subset": "real subset", "tiles": "tiles",
+         "random": "random masks", "untrained": "untrained", "started": "IMP from the synthetic mask",
+         "rewound": "IMP, rewound to epoch 3", "synthetic1": "synthetic, 1 a class", "synthetic50": "synthetic, 50 a class"}
+COLOURS = {"dense": "black", "imp": "#1f4e8c", "synthetic": "#e08214"}
+
+#############################################
+#                Statistics                 #
+#############################################
+
+
+def interval(values):
+    """(mean, half the width of its 95% interval) over seeds; NaN for one."""
+    mean, n = statistics.fmean(values), len(values)
+    return mean, T95[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+
+
+def cells(rows, keys=("family", "search", "round")):
+    """{the values of `keys`: {seed: row}} in the table's order."""
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), {})[row["seed"]] = row
+    return found
+
+
+def values(cell, measure):
+    return [float(row[measure]) for row in cell.values()]
+
+
+def differences(cell, other, measure):
+    """Of the seeds that both cells have."""
+    return [float(cell[seed][measure]) - float(other[seed][measure]) for seed in cell if seed in other]
+
+
+def shown(values, digits):
+    mean, half = interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def effect(values, digits):
+    """A mean difference with its interval, and whether it is one."""
+    if len(values) < 2:
+        return "–"
+    mean, half = interval(values)
+    text = f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+    return text if abs(mean) > half else f"{text}, unresolved"
+
+
+def label(key):
+    """A cell in words, without its search."""
+    return NAMES[key[0]]
+
+
+#############################################
+#                  Tables                   #
+#############################################
+
+
+def table(header, lines):
+    rule = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, rule, *lines)) + "\n"
+
+
+def endpoint_table(rows, measure, title, digits, references=("imp",)):
+    """A line a cell: a measure, and its difference from the cells of `references` in the same round."""
+    found = cells(rows)
+    header = ["masks", "sparsity (%)", "images shown", "seeds", title]
+    lines = []
+    for key, cell in found.items():
+        row = next(iter(cell.values()))
+        line = [label(key), f"{float(row['sparsity']):.1f}", f"{int(row['images_shown']):,}", len(cell),
+                shown(values(cell, measure), digits)]
+        for reference in references:
+            other = next((c for k, c in found.items() if k[0] == reference and k[2] in (key[2], "0")), {})
+            line.append("" if cell is other else effect(differences(cell, other, measure), digits))
+        lines.append(line)
+    return table(header + [f"against {NAMES[reference]}" for reference in references], lines)
+
+
+def accuracy_table(rows):
+    return endpoint_table(rows, "test_accuracy", "test accuracy (%)", 1, ("imp", "random"))
+
+
+def error_barrier_table(rows):
+    return endpoint_table(rows, "test_error_barrier", "test error barrier (%)", 2, ("imp", "dense"))
+
+
+def loss_barrier_table(rows):
+    return endpoint_table(rows, "train_loss_barrier", "training loss barrier", 3, ("imp", "dense"))
+
+
+def search_table(rows):
+    """The map: a line a cell, with the effect of the search on the family and of the family in the search."""
+    found = cells(rows)
+    lines = []
+    for key, cell in found.items():
+        family, search, number = key
+        row = next(iter(cell.values()))
+        before, imp = found.get((family, "preset", number), {}), found.get(("imp", search, number), {})
+        line = [label(key), search, f"{float(row['sparsity']):.1f}", f"{int(row['images_shown']):,}", len(cell)]
+        for measure, digits in (("test_error_barrier", 2), ("test_accuracy", 1)):
+            line.append(shown(values(cell, measure), digits))
+            line.append("" if search in ("preset", "none") else effect(differences(cell, before, measure), digits))
+            line.append("" if family in ("imp", "dense") else effect(differences(cell, imp, measure), digits))
+        lines.append(line)
+    header = ["masks", "search", "sparsity (%)", "images shown", "seeds"]
+    for title in ("test error barrier (%)", "test accuracy (%)"):
+        header += [title, "against the preset search", "against IMP of the same search"]
+    return table(header, lines)
+
+
+def hessian_table(rows):
+    """Curvature over surviving and over all weights; differences are those of the surviving ones and of the trace."""
+    found = cells(rows, ("family", "search", "round", "scope"))
+    lines = []
+    for (family, search, number, scope), cell in found.items():
+        if scope != "surviving":
+            continue
+        every, imp = found[family, search, number, "all"], found.get(("imp", search, number, scope), {})
+        row = next(iter(cell.values()))
+        line = [NAMES[family], f"{float(row['sparsity']):.1f}", len(cell), shown(values(every, "mean_abs"), 4)]
+        for measure, digits in (("mean_abs", 4), ("trace", 0)):
+            line.append(shown(values(cell, measure), digits))
+            line.append("" if family in ("imp", "dense") else effect(differences(cell, imp, measure), digits))
+        lines.append(line)
+    return table(["masks", "sparsity (%)", "seeds", "mean &#124;h&#124;, all weights", "surviving", "against IMP", "trace",
+                  "against IMP"], lines)
+
+
+def rise_table(rows):
+    return endpoint_table(rows, "rise_2", "rise of the training loss at distance 2", 3, ("imp", "dense"))
+
+
+def start_table(rows):
+    return endpoint_table(rows, "test_accuracy", "test accuracy (%)", 1, ("imp", "random"))
+
+
+def overlap_table(rows):
+    """A line a pair and round: what two masks share, and how far their layers' sparsities lie apart."""
+    pair = "family", "search", "other_family", "other_search", "round"
+    whole = cells([row for row in rows if row["layer"] == "all"], pair)
+    lines = []
+    for key, cell in whole.items():
+        layers = [row for row in rows if tuple(row[name] for name in pair) == key and row["layer"] != "all"]
+        apart = [max(100 * abs(float(row["sparsity_a"]) - float(row["sparsity_b"])) for row in layers
+                     if row["seed"] == seed) for seed in cell]
+        ratios = values(cell, "ratio")
+        names = [f"{NAMES[family]}, {search}" for family, search in (key[:2], key[2:4])]
+        sparsity = 100 * statistics.fmean(values(cell, "sparsity_a"))
+        lines.append([*names, f"{sparsity:.1f}", len(cell), shown(ratios, 3), effect([r - 1 for r in ratios], 3),
+                      f"{min(values(cell, 'z')):.1f}", shown(apart, 1)])
+    return table(["masks", "and", "sparsity (%)", "seeds", "shared / expected if independent", "more than 1", "least z",
+                  "layers' sparsities, largest gap (points)"], lines)
+
+
+def compression_table(rows):
+    parts = accuracy_table(rows), error_barrier_table(rows)
+    return "\n".join(parts)
+
+
+TABLES = {"accuracy": ("accuracy", accuracy_table), "error barrier": ("stable", error_barrier_table),
+          "loss barrier": ("stable", loss_barrier_table), "search": ("search", search_table),
+          "hessian": ("hessian", hessian_table), "rise": ("rise", rise_table), "start": ("start", start_table),
+          "overlap": ("overlap", overlap_table), "compression": ("compression", compression_table)}
+
+
+def filled(text, folder):
+    """The page with its tables written anew; one whose data is missing says so."""
+    def drawn(match):
+        name, draw = TABLES[match[1]]
+        path = folder / f"{name}.csv"
+        body = draw(runs.read(path)) if path.exists() else "*Not run at this scale.*\n"
+        return f"<!-- table {match[1]} -->\n{body}<!-- end -->"
+
+    return re.sub(r"<!-- table (.+?) -->\n.*?<!-- end -->", drawn, text, flags=re.DOTALL)
+
+
+#############################################
+#                 Pictures                  #
+#############################################
+
+
+def draw_bars(axes, rows, measure, title):
+    """A point a cell with its interval; a group of points for each family and search."""
+    found = cells(rows)
+    names = list(dict.fromkeys(key[:2] for key in found))
+    rounds = sorted({int(key[2]) for key in found} - {0})
+    for (family, search, number), cell in found.items():
+        place = names.index((family, search)) + (0 if number == "0" else .24 * (rounds.index(int(number)) - .5))
+        mean, half = interval(values(cell, measure))
+        marker = "D" if number == "0" else "os^v"[rounds.index(int(number))]
+        axes.errorbar(place, mean, half, fmt=marker, color=COLOURS.get(family, "grey"), capsize=3, markersize=6)
+    ticks = [NAMES[family] if search in ("preset", "none") else f"{NAMES[family]}, {search} search"
+             for family, search in names]
+    axes.set_xticks(range(len(names)), ticks, rotation=35, ha="right", fontsize=8)
+    axes.set_ylabel(title)
+    axes.grid(alpha=.3, axis="y")
+    for place, number in enumerate(rounds):
+        sparsity = next(float(row["sparsity"]) for row in rows if int(row["round"]) == number)
+        axes.plot([], [], "os^v"[place], color="grey", label=f"{sparsity:.0f}% sparse")
+    axes.legend(fontsize=8)
+
+
+def draw(rows, measures, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(measures), 4.2), layout="constrained")
+    for axes, (measure, title) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
+        draw_bars(axes, rows, measure, title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+BARRIER, ACCURACY = ("test_error_barrier", "test error barrier (%)"), ("test_accuracy", "test accuracy (%)")
+PICTURES = {"accuracy": [ACCURACY, BARRIER], "search": [BARRIER, ACCURACY], "compression": [BARRIER, ACCURACY],
+            "start": [ACCURACY], "rise": [("rise_2", "rise of the training loss at distance 2")],
+            "hessian": [("mean_abs", "mean |h| over surviving weights"), ("trace", "trace of the Hessian")]}
+
+
+def draw_pictures(folder, out):
+    """A picture of each table that is there."""
+    for name, measures in PICTURES.items():
+        path = folder / f"{name}.csv"
+        if path.exists():
+            rows = [row for row in runs.read(path) if row.get("scope", "surviving") == "surviving"]
+            draw(rows, measures, out / f"study_{name}.png")
+
+
+def main():
+    docs = runs.ROOT / "docs"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", type=Path, default=docs / "study", help="folder of the tables (docs/study)")
+    parser.add_argument("--page", type=Path, default=docs / "study.md", help="(docs/study.md)")
+    parser.add_argument("--figures", type=Path, default=docs / "figures", help="folder of pictures (docs/figures)")
+    args = parser.parse_args()
+    args.page.write_text(filled(args.page.read_text(), args.tables))
+    draw_pictures(args.tables, args.figures)
+
+
+if __name__ == "__main__":
+    main()
