@@ -8,6 +8,7 @@ from . import files, ranks
 from .errors import UserError
 
 COLUMNS = ("what", "step", "epoch", "loss", "accuracy", "lr", "images_per_second")
+NO_TABLE = f"not a table of curves ({', '.join(COLUMNS)}); move it away"
 log = contextvars.ContextVar("log", default=None)  # where else: "tensorboard", or nowhere
 
 
@@ -34,8 +35,12 @@ def recorded(path, what, epoch=0):
     curve = Curve(path, what, events_writer(path, what, epoch))
     try:
         yield curve
-    finally:
         curve.flush()
+    except BaseException:
+        with contextlib.suppress(UserError):  # why the training ended is what has to be said
+            curve.flush()
+        raise
+    finally:
         if curve.events:
             curve.events.close()
 
@@ -58,10 +63,10 @@ class Curve:
 
     def flush(self):
         """Append the rows to the table, before anything is saved that goes on after them."""
-        if self.rows and self.path:
+        rows, self.rows = self.rows, []
+        if rows and self.path:
             with table(self.path):
-                append(self.path, self.rows)
-        self.rows = []
+                append(self.path, rows)
 
 
 def table(path):
@@ -79,10 +84,12 @@ def as_text(rows, header):
 
 
 def append(path, rows):
-    """Add rows at the end of a table, with its header at the top. Raises UserError."""
+    """Add rows to a table, with its header at the top, in place of a line left unfinished. Raises UserError."""
     try:
-        with open(path, "a", newline="") as file:
-            file.write(as_text(rows, header=file.tell() == 0))
+        with open(path, "a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(as_text(rows, header=file.tell() == 0).encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
@@ -91,11 +98,20 @@ def read(path):
     """The rows of a table, as text; a line that a killed process left unfinished is none."""
     if not path.exists():
         return []
-    whole, newline, _ = path.read_text().rpartition("\n")
-    reader = csv.DictReader(io.StringIO(whole + newline))
-    if whole and tuple(reader.fieldnames) != COLUMNS:
-        raise UserError(f"{path}: not a table of curves ({', '.join(COLUMNS)})")
-    return list(reader)
+    try:
+        whole, newline, _ = path.read_text().rpartition("\n")
+        reader = csv.DictReader(io.StringIO(whole + newline))
+        rows = list(reader)
+    except (UnicodeDecodeError, csv.Error):
+        raise UserError(f"{path}: {NO_TABLE}") from None
+    if whole and tuple(reader.fieldnames or ()) != COLUMNS or not all(map(is_whole, rows)):
+        raise UserError(f"{path}: {NO_TABLE}")
+    return rows
+
+
+def is_whole(row):
+    """Whether a row has all columns, no more, and counts its epoch."""
+    return None not in row and None not in row.values() and row["epoch"].isdigit()
 
 
 def drop_later(path, what, epoch):

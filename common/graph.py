@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .errors import UserError
+from .networks import left_alone
 
 UNCHANGED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
 SLOPED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh)  # functions of one number, made of straight lines
@@ -52,6 +53,12 @@ def trace(model, images):
     more than two axes become ChannelLinear. Each weight is used once, and images stay apart. `images` [n, ...] are
     examples, for a few runs. Raises UserError with the name of what stands in the way, for the caller's sentence.
     """
+    with left_alone(model):
+        return traced(model, images)
+
+
+def traced(model, images):
+    """trace, but for what the runs of a forward change in a network."""
     call_graph, values = recorded(model, images)
     output = next(reversed(call_graph.nodes)).args[0]
     if not (isinstance(output, fx.Node) and torch.is_tensor(values[output])):

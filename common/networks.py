@@ -1,5 +1,6 @@
 """The paper's networks, and those of users: built by name, drawn from a seed, and what of them can be pruned."""
 import fnmatch
+import contextlib
 import importlib
 import math
 import os
@@ -321,6 +322,25 @@ def logits_of(output):
         return output[0]
     raise UserError(f"the network returns a {type(output).__name__} without logits; wanted: a tensor [N, classes], a "
                     "tuple that begins with one, or a dict with `logits`")
+
+
+@contextlib.contextmanager
+def left_alone(model):
+    """Whatever a forward inside does to parameters, buffers, modes and generators, they are as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    held = [(own, name, tensor, tensor.detach().clone()) for module in model.modules()
+            for own in (module._parameters, module._buffers) for name, tensor in own.items() if tensor is not None]
+    try:
+        with global_generators_kept():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for own, name, tensor, before in held:
+                own[name] = tensor
+                if not torch.equal(tensor, before):  # writing to it would break a graph that still needs it
+                    tensor.copy_(before)
 
 
 def check_network(model, images, labels, num_classes):

@@ -146,3 +146,45 @@ def test_lines_are_out_before_the_end(tmp_path):
         else:
             pytest.fail("no line of round 1")
         process.kill()
+
+
+#############################################
+#        What goes wrong while it runs      #
+#############################################
+
+
+def test_a_line_that_another_process_left_unfinished_costs_no_row(tmp_path):
+    path = tmp_path / "curves.csv"
+    with curves.recorded(path, "round 1") as curve:
+        curve.add(1, step=10, **VALUES)
+        curve.flush()
+        with open(path, "a") as file:
+            file.write("round 2,10,1,1.0,0.")  # killed while it wrote, beside this training
+        curve.add(2, step=20, **VALUES)
+    assert epochs(path, "round 1") == [1, 2] and epochs(path, "round 2") == []
+
+
+HEADER = "what,step,epoch,loss,accuracy,lr,images_per_second\n"
+
+
+@pytest.mark.parametrize("content", [HEADER + "round 1,1,x,1,1,1,1\n", HEADER + "round 1,1\n", HEADER + 8 * "1," + "\n",
+                                     "\n\n1\n", "x\n", "\xff\n", "\0\n"])
+def test_a_table_that_is_none_is_named_and_left_as_it_is(tmp_path, content):
+    path = tmp_path / "curves.csv"
+    path.write_bytes(content.encode("latin1"))
+    with pytest.raises(UserError, match="not a table of curves"):
+        add_epochs(path, "round 1", 1, 1)
+    assert path.read_bytes() == content.encode("latin1")
+
+
+def test_a_table_that_cannot_be_written_does_not_hide_why_a_training_ended(tmp_path, monkeypatch):
+    def no_room(path, rows):
+        raise UserError("cannot write")
+
+    monkeypatch.setattr(curves, "append", no_room)
+    with pytest.raises(KeyboardInterrupt):
+        with curves.recorded(tmp_path / "curves.csv", "round 1") as curve:
+            curve.add(1, step=10, **VALUES)
+            raise KeyboardInterrupt
+    with pytest.raises(UserError, match="cannot write"):  # but it is said where nothing else is wrong
+        add_epochs(tmp_path / "curves.csv", "round 1", 1, 1)

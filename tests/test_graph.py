@@ -102,3 +102,48 @@ def test_hooks_and_tied_weights_are_named():
     tied.b.weight = tied.a.weight
     with pytest.raises(UserError, match="Conv2d.* in b with a weight of a"):
         graph.trace(tied, IMAGES)
+
+
+class Remembers(Network):
+    """A network whose forward changes what it holds: in place, by another tensor, behind autograd's back."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        self.register_buffer("seen", torch.zeros(4))
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+
+def averages(net, x):
+    x = net.a(x)
+    net.seen.mul_(.9).add_(x.mean((0, 2, 3)), alpha=.1)
+    return net.b(x)
+
+
+def counts(net, x):
+    net.calls = net.calls + 1
+    return net.b(net.a(x))
+
+
+def decays(net, x):
+    net.a.weight.data.mul_(.5)
+    return net.a(x)
+
+
+def draws(net, x):
+    return net.a(x) + torch.rand(1)
+
+
+@pytest.mark.parametrize("function", [averages, counts, decays, draws])
+def test_a_network_and_the_generators_are_left_as_they_were(function):
+    net = Remembers(function)
+    held = {name: (value, value.detach().clone()) for name, value in [*net.named_parameters(), *net.named_buffers()]}
+    torch.manual_seed(3)
+    try:
+        graph.trace(net, IMAGES)
+    except UserError:  # refused or not
+        pass
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(3), drawn)
+    for name, value in [*net.named_parameters(), *net.named_buffers()]:
+        assert value is held[name][0] and torch.equal(value, held[name][1]), name
