@@ -321,8 +321,8 @@ def distill(real, config, out, budget=math.inf):
     started = time.monotonic() - 60 * run.minutes
     autosave = files.Autosave(seconds=60)
     epoch = len(run.losses) // config["inner"]
-    recorded = curves.recorded(out / "curves.csv", config["method"], epoch)
-    with recorded as curve, Bar(config["method"], total, len(run.losses), "iteration", leave=True) as bar:
+    rows = curves.Curve(out / "curves.csv", config["method"], epoch)
+    with rows as curve, Bar(config["method"], total, len(run.losses), "iteration", leave=True) as bar:
         first = len(run.losses), time.monotonic()  # of the epoch
         while len(run.losses) < total and run.minutes < budget:
             try:

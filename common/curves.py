@@ -1,5 +1,4 @@
 """The course of a training, epoch by epoch: curves.csv beside its result, and TensorBoard's files if asked for."""
-import contextlib
 import contextvars
 import csv
 import io
@@ -22,35 +21,35 @@ def choose_log(name):
     log.set(name)
 
 
-@contextlib.contextmanager
-def recorded(path, what, epoch=0):
-    """A Curve of the training `what` in the table `path`, which other trainings and processes append to as well.
-
-    The training goes on after `epoch`: what an earlier try left of later epochs is dropped.
-    """
-    if not ranks.is_first():
-        yield Curve(None, what, None)
-        return
-    drop_later(path, what, epoch)
-    curve = Curve(path, what, events_writer(path, what, epoch))
-    try:
-        yield curve
-        curve.flush()
-    except BaseException:
-        with contextlib.suppress(UserError):  # why the training ended is what has to be said
-            curve.flush()
-        raise
-    finally:
-        if curve.events:
-            curve.events.close()
-
-
 class Curve:
-    """Rows of one training on their way to a table; `events` is TensorBoard's writer, or None."""
+    """The rows of the training `what` on their way to the table `path`, which others append to as well.
 
-    def __init__(self, path, what, events):
-        self.path, self.what, self.events = path, what, events
-        self.rows, self.autosave = [], files.Autosave(seconds=1)
+        with Curve(path, "round 1") as curve:
+            curve.add(1, step=4, loss=..., accuracy=..., lr=..., images_per_second=...)
+
+    The training goes on after `epoch`: what an earlier try left of later epochs is dropped. Of several ranks the first
+    one writes.
+    """
+
+    def __init__(self, path, what, epoch=0):
+        self.path, self.what, self.epoch = path, what, epoch
+        self.rows, self.autosave, self.events = [], files.Autosave(seconds=1), None
+
+    def __enter__(self):
+        if ranks.is_first():
+            drop_later(self.path, self.what, self.epoch)
+            self.events = events_writer(self.path, self.what, self.epoch)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        try:
+            self.flush()
+        except UserError:
+            if error is None:  # else why the training ended is what has to be said
+                raise
+        finally:
+            if self.events:
+                self.events.close()
 
     def add(self, epoch, **values):
         """The row of an epoch; `values` are the other columns but `what`. Written once a second, and by `flush`."""
@@ -64,7 +63,7 @@ class Curve:
     def flush(self):
         """Append the rows to the table, before anything is saved that goes on after them."""
         rows, self.rows = self.rows, []
-        if rows and self.path:
+        if rows and ranks.is_first():
             with table(self.path):
                 append(self.path, rows)
 

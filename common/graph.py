@@ -59,7 +59,7 @@ def trace(model, images):
 
 def traced(model, images):
     """trace, but for what the runs of a forward change in a network."""
-    call_graph, values = recorded(model, images)
+    call_graph, values = record(model, images)
     output = next(reversed(call_graph.nodes)).args[0]
     if not (isinstance(output, fx.Node) and torch.is_tensor(values[output])):
         raise UserError("an output that is not one tensor")
@@ -156,7 +156,7 @@ class Recorder(fx.Interpreter):
         return result
 
 
-def recorded(model, images):
+def record(model, images):
     """(fx.Graph, {call: value}) of one run. Arguments of forward that have a default keep it."""
     arguments = list(inspect.signature(model.forward).parameters.values())
     defaults = {argument.name: argument.default for argument in arguments[1:] if argument.default is not argument.empty}

@@ -161,7 +161,8 @@ def is_as_built(model, block):
             return False
         if layer.relu and type(model.get_submodule(layer.relu)) is not nn.ReLU:
             return False
-        if layer.pool and repr(model.get_submodule(layer.pool)) not in (repr(nn.AvgPool2d(2)), repr(nn.MaxPool2d(3, 2, 1))):
+        pools = repr(nn.AvgPool2d(2)), repr(nn.MaxPool2d(3, 2, 1))
+        if layer.pool and repr(model.get_submodule(layer.pool)) not in pools:
             return False
     return True
 
@@ -213,8 +214,8 @@ def check_size(model):
     weights = sum(parameter.numel() for parameter in model.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * 4 * weights > memory:
-        raise UserError(f"a network of {weights:,} weights needs {16 * weights >> 30} GiB to be trained, this machine has "
-                        f"{memory >> 30}; take a smaller --width")
+        raise UserError(f"a network of {weights:,} weights needs {16 * weights >> 30} GiB to be trained, this machine "
+                        f"has {memory >> 30}; take a smaller --width")
 
 
 def build_own(name, config):
@@ -355,12 +356,10 @@ def check_network(model, images, labels, num_classes):
                             "parametrization), so it cannot be pruned; build the network without")
     if not prunable(model):
         raise UserError("the network has no weights to prune: no trainable convolution or linear layer")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    training = model.training
     hooks = [module.register_forward_pre_hook(refuse_single_values) for module in model.modules()
              if isinstance(module, (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))]
     try:
-        with global_generators_kept():
+        with left_alone(model):
             logits = logits_of(model.train()(images))
             check_logits(logits, len(images), num_classes)
             weights = [p for p in model.parameters() if p.requires_grad]
@@ -373,16 +372,14 @@ def check_network(model, images, labels, num_classes):
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
-        model.load_state_dict(before)
 
 
 def check_logits(logits, count, num_classes):
     """Raises UserError unless `logits` is [count, num_classes]; without num_classes, [count, any number]."""
     if logits.ndim != 2 or len(logits) != count or num_classes not in (None, logits.shape[1]):
         shape = " x ".join(map(str, logits.shape))
-        raise UserError(f"the network returns {shape} for {count} images, wanted {count} x {num_classes or 'classes'}: logits of "
-                        "the dataset's classes")
+        raise UserError(f"the network returns {shape} for {count} images, wanted {count} x "
+                        f"{num_classes or 'classes'}: logits of the dataset's classes")
 
 
 def refuse_single_values(module, inputs):

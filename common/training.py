@@ -230,7 +230,7 @@ def train_saved(path, about, title, model, split, recipe, generator, mask=None, 
         curve.flush()
         files.save(path, about | pack(training, model, generator))
 
-    with curves.recorded(path.with_name("curves.csv"), title, begun.epoch if begun else 0) as curve:
+    with curves.Curve(path.with_name("curves.csv"), title, begun.epoch if begun else 0) as curve:
         return train_with_bar(title, model, split, recipe, generator, mask, until, begun, save, curve)
 
 

@@ -20,7 +20,7 @@ VALUES = dict(loss=1., accuracy=.5, lr=.1, images_per_second=9.)
 
 
 def add_epochs(path, what, first, last):
-    with curves.recorded(path, what, first - 1) as curve:
+    with curves.Curve(path, what, first - 1) as curve:
         for epoch in range(first, last + 1):
             curve.add(epoch, step=10 * epoch, **VALUES)
 
@@ -155,7 +155,7 @@ def test_lines_are_out_before_the_end(tmp_path):
 
 def test_a_line_that_another_process_left_unfinished_costs_no_row(tmp_path):
     path = tmp_path / "curves.csv"
-    with curves.recorded(path, "round 1") as curve:
+    with curves.Curve(path, "round 1") as curve:
         curve.add(1, step=10, **VALUES)
         curve.flush()
         with open(path, "a") as file:
@@ -183,7 +183,7 @@ def test_a_table_that_cannot_be_written_does_not_hide_why_a_training_ended(tmp_p
 
     monkeypatch.setattr(curves, "append", no_room)
     with pytest.raises(KeyboardInterrupt):
-        with curves.recorded(tmp_path / "curves.csv", "round 1") as curve:
+        with curves.Curve(tmp_path / "curves.csv", "round 1") as curve:
             curve.add(1, step=10, **VALUES)
             raise KeyboardInterrupt
     with pytest.raises(UserError, match="cannot write"):  # but it is said where nothing else is wrong
