@@ -130,8 +130,8 @@ def check_search(model, data, real, config, evaluate):
 def say_what_is_gone(number, before, masks):
     """Name the layers that lost their last weight in this round. Raises UserError when no weight is left at all."""
     if not any(kept.any() for kept in masks.values()):
-        raise UserError(f"round {number} would remove all weights; the rounds before it are kept: take a lower --rate, or "
-                        "fewer --rounds")
+        raise UserError(f"round {number} would remove all weights; the rounds before it are kept: take a lower --rate, "
+                        "or fewer --rounds")
     gone = [name for name, kept in masks.items() if before[name].any() and not kept.any()]
     if gone:
         print(f"round {number}: no weight is left in {', '.join(gone)}", file=sys.stderr)
@@ -503,7 +503,8 @@ def config_of(args, preset):
     if args.sparsity:
         unset["rate"] = rate_to(args, started)
     if isinstance(started, dict) and "config" in started:
-        unset |= {key: started["config"].get(key) for key in ("model", "width", "norm", "dataset", "image_size", "keep")}
+        same = ("model", "width", "norm", "dataset", "image_size", "keep")
+        unset |= {key: started["config"].get(key) for key in same}
         if ":" in str(unset["model"]) and config["model"] is None:
             raise UserError(f"{args.start}: its network is {unset['model']}; its code is run only when you name it: --model "
                             f"{unset['model']}")
@@ -607,7 +608,7 @@ def main(argv=None):
     args = parse(argv)
     if args.plot:
         if not draw_runs(args.plot, args.out / "prune.png"):
-            raise UserError("--plot: nothing was trained in these runs, so there is no accuracy to draw; --evaluate does")
+            raise UserError("--plot: nothing was trained in these runs, so there is no accuracy to draw; --evaluate")
         print(f"written: {args.out / 'prune.png'}")
         return
     if args.compare:

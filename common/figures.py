@@ -85,9 +85,9 @@ def read_results(folder):
 def config_of_run(folder):
     """The config of a run; of its first seed. Raises UserError when its seeds differ in more than the seed."""
     configs = [files.read_settings(seed / "config.json") for seed in run_folders(folder)]
-    if len(set(family_names(configs))) > 1:
-        raise UserError(f"{folder} holds different runs: {' and '.join(sorted(set(family_names(configs))))}; only seeds "
-                        "are averaged")
+    different = sorted(set(family_names(configs)))
+    if len(different) > 1:
+        raise UserError(f"{folder} holds different runs: {' and '.join(different)}; only seeds are averaged")
     return configs[0]
 
 
