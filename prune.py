@@ -130,8 +130,8 @@ def check_search(model, data, real, config, evaluate):
 def say_what_is_gone(number, before, masks):
     """Name the layers that lost their last weight in this round. Raises UserError when no weight is left at all."""
     if not any(kept.any() for kept in masks.values()):
-        raise UserError(f"round {number} would remove all weights; the rounds before it are kept: take a lower --rate, or "
-                        "fewer --rounds")
+        raise UserError(f"round {number} would remove all weights; the rounds before it are kept: take a lower --rate, "
+                        "or fewer --rounds")
     gone = [name for name, kept in masks.items() if before[name].any() and not kept.any()]
     if gone:
         print(f"round {number}: no weight is left in {', '.join(gone)}", file=sys.stderr)
@@ -318,8 +318,8 @@ def prepare_folder(out, config, overwrite):
     if other and claimed and not overwrite:
         raise UserError(f"{out} holds another run ({other}); choose another --out, or --overwrite")
     if other:
-        networks = [*out.glob("training_r*.pt"), *out.glob("trained_r*.pt")]
-        for old in [*round_files(out), *networks, out / "results.csv", out / "curves.csv"]:
+        networks = [*round_files(out), *out.glob("training_r*.pt"), *out.glob("trained_r*.pt")]
+        for old in [*networks, *(out / name for name in ("results.csv", "curves.csv", "prune.png"))]:
             old.unlink(missing_ok=True)
     files.save(out / "config.json", config)
 
@@ -414,7 +414,7 @@ def parse(argv=None):
     add_training_flags(parser)
     flag = parser.add_argument_group("output").add_argument
     flag("--out", type=cli.folder, default=Path("masks"),
-         help="folder of masks, results.csv, config.json, prune.png (masks)")
+         help="folder of masks, results.csv, curves.csv, config.json, prune.png (masks)")
     flag("--overwrite", action="store_true", help="replace another run in --out")
     cli.log_flag(parser)
     flag("--plot", nargs="+", metavar="DIR", help="draw finished runs together in <out>/prune.png, without training")
@@ -503,7 +503,8 @@ def config_of(args, preset):
     if args.sparsity:
         unset["rate"] = rate_to(args, started)
     if isinstance(started, dict) and "config" in started:
-        unset |= {key: started["config"].get(key) for key in ("model", "width", "norm", "dataset", "image_size", "keep")}
+        same = ("model", "width", "norm", "dataset", "image_size", "keep")
+        unset |= {key: started["config"].get(key) for key in same}
         if ":" in str(unset["model"]) and config["model"] is None:
             raise UserError(f"{args.start}: its network is {unset['model']}; its code is run only when you name it: --model "
                             f"{unset['model']}")
@@ -606,7 +607,8 @@ def run_seed(config, out, args, distilled, real, device):
 def main(argv=None):
     args = parse(argv)
     if args.plot:
-        draw_runs(args.plot, args.out / "prune.png")
+        if not draw_runs(args.plot, args.out / "prune.png"):
+            raise UserError("--plot: nothing was trained in these runs, so there is no accuracy to draw; --evaluate")
         print(f"written: {args.out / 'prune.png'}")
         return
     if args.compare:
@@ -629,7 +631,7 @@ def main(argv=None):
     for seed in ranks.share(args.seeds or [args.seed], "rounds of all seeds", config["rounds"] + 1):
         out = args.out / f"seed{seed}" if args.seeds else args.out
         run_seed(config | {"seed": seed}, out, args, distilled, real, device)
-    print(f"written: masks, results.csv, config.json and prune.png in {args.out}")
+    print(f"written: masks, tables and what there is to draw in {args.out}")
 
 
 if __name__ == "__main__":

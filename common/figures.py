@@ -18,30 +18,63 @@ def run_folders(folder):
 
 
 def draw_runs(folders, path):
-    """Fig. 2: accuracy (mean and standard deviation over seeds) and images seen against sparsity."""
+    """Fig. 2: accuracy (mean and standard deviation over seeds) and images seen against sparsity.
+
+    Returns whether there was anything to draw: random masks that were not trained have neither.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
     runs = [[read_results(seed) for seed in run_folders(folder)] for folder in folders]
     rows = [row for run in runs for table in run for row in table]
-    tested = any("test_accuracy" in row for row in rows)
-    names = family_names([config_of_run(folder) for folder in folders])
-    for i, (label, run) in enumerate(zip(names, runs)):
-        if len(run) > 1:
-            label += f" ({len(run)} seeds)"
-        style = dict(color=f"C{i}", ls=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], label=label)
-        draw_accuracy(left, by_round(run), "test_accuracy" if tested else "train_accuracy", style)
-        draw_images_seen(right, by_round(run), style)
-    left.set_ylabel("test accuracy after training on real data (%)" if tested else "accuracy on the pruning data (%)")
-    right.set_ylabel("training points seen to reach the mask")
-    right.set_yscale("log")
-    for axes in (left, right):
+    panels = panels_of(rows)
+    if not panels:
+        return False
+    height = 4.2 + .2 * math.ceil(len(runs) / 3)
+    figure = Figure(figsize=(1 + 5 * len(panels), height), layout="constrained")
+    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    styles = [style_of(i, label) for i, label in enumerate(labels_of(folders, runs))]
+    for axes, (draw, measure, title) in zip(every_axes, panels):
+        for run, style in zip(runs, styles):
+            draw(axes, by_round(run), measure, style)
+        axes.set_ylabel(title)
         remaining_axis(axes, min(1 - row["sparsity"] for row in rows))
         axes.grid(alpha=.3)
-        if axes.has_data():
-            axes.legend(fontsize=8)
+    figure.legend(handles=legend_of(styles), fontsize=8, loc="outside lower center", ncols=min(3, len(runs)))
     files.save(path, figure)
+    return True
+
+
+def panels_of(rows):
+    """[(function that draws a panel, column, its title)] of what results hold."""
+    panels = []
+    if any("test_accuracy" in row for row in rows):
+        panels.append((draw_accuracy, "test_accuracy", "test accuracy after training on real data (%)"))
+    elif any("train_accuracy" in row for row in rows):
+        panels.append((draw_accuracy, "train_accuracy", "accuracy on the pruning data (%)"))
+    if any(row["training_points"] for row in rows):
+        panels.append((draw_images_seen, "training_points", "training points seen to reach the mask"))
+    return panels
+
+
+def labels_of(folders, runs):
+    """The family of every run, and of how many seeds it is."""
+    names = family_names([config_of_run(folder) for folder in folders])
+    return [f"{name} ({len(run)} seeds)" if len(run) > 1 else name for name, run in zip(names, runs)]
+
+
+def style_of(i, label):
+    """Colour, line and marker of the family number `i`: 20 colours, ten of them lighter, and 40 combinations."""
+    from matplotlib import colormaps
+
+    colour = colormaps["tab20"](2 * (i % 10) + i // 10 % 2)
+    return dict(color=colour, ls=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], label=label)
+
+
+def legend_of(styles):
+    """A line for every family, also for those that a panel lacks."""
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], **style) for style in styles]
 
 
 def read_results(folder):
@@ -52,9 +85,9 @@ def read_results(folder):
 def config_of_run(folder):
     """The config of a run; of its first seed. Raises UserError when its seeds differ in more than the seed."""
     configs = [files.read_settings(seed / "config.json") for seed in run_folders(folder)]
-    if len(set(family_names(configs))) > 1:
-        raise UserError(f"{folder} holds different runs: {' and '.join(sorted(set(family_names(configs))))}; only seeds "
-                        "are averaged")
+    different = sorted(set(family_names(configs)))
+    if len(different) > 1:
+        raise UserError(f"{folder} holds different runs: {' and '.join(different)}; only seeds are averaged")
     return configs[0]
 
 
@@ -75,11 +108,17 @@ def draw_accuracy(axes, rounds, measure, style):
         axes.errorbar(remaining, means, deviations, capsize=3, **style)
 
 
-def draw_images_seen(axes, rounds, style):
-    firsts = [rows[0] for rows in rounds if rows[0]["training_points"]]
+def draw_images_seen(axes, rounds, measure, style):
+    """The column of the first seed, on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    firsts = [rows[0] for rows in rounds if rows[0][measure]]
     if firsts:
-        remaining = [1 - row["sparsity"] for row in firsts]
-        axes.plot(remaining, [row["training_points"] for row in firsts], **style)
+        axes.plot([1 - row["sparsity"] for row in firsts], [row[measure] for row in firsts], **style)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def remaining_axis(axes, lowest):
@@ -95,6 +134,7 @@ def remaining_axis(axes, lowest):
 
 def draw_comparison(rows, last, folders, path):
     """Left: sparsity of each layer in the last round, both runs. Right: overlap in each round, a line a layer."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.6), layout="constrained")
@@ -104,19 +144,20 @@ def draw_comparison(rows, last, folders, path):
     for side, column, folder, hatch in ((-.2, "sparsity_a", folders[0], ""), (.2, "sparsity_b", folders[1], "//")):
         places = [position + side for position in range(len(layers))]
         left.bar(places, [100 * row[column] for row in last], .4, label=str(folder), hatch=hatch, edgecolor="white")
-    left.set_xticks(range(len(layers)), names, rotation=45 if len(layers) < 8 else 90, ha="right", fontsize=8)
+    turned = dict(rotation=45, ha="right") if len(layers) < 8 else dict(rotation=90)
+    left.set_xticks(range(len(layers)), names, fontsize=8, **turned)
     left.set_ylabel(f"sparsity in round {last[0]['round']} (%)")
     left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
     remaining = {row["round"]: 1 - row["sparsity_a"] for row in rows if row["layer"] == "all"}
     for i, (layer, name) in enumerate(zip(layers, names)):
         ratios = [row["ratio"] for row in rows if row["layer"] == layer]
-        style = dict(ls=("-", "--", "-.", ":")[i % 4], lw=1)
+        style = dict(color=colormaps["viridis"](i / len(layers)), ls=("-", "--", "-.", ":")[i % 4], lw=1)
         if layer == "all":
             style = dict(color="black", marker="o", lw=2)
         right.plot(remaining.values(), ratios, label=name, **style)
     right.axhline(1, color="grey", lw=.8)
     remaining_axis(right, min(remaining.values()))
     right.set_ylabel("shared survivors / expected if independent")
-    if len(layers) < 12:
-        right.legend(fontsize=8)
+    size = min(8, 160 / len(layers))  # from the first layer, dark, to the last, light; beside the axes
+    right.legend(fontsize=size, loc="center left", bbox_to_anchor=(1, .5), ncols=1 + len(layers) // 32)
     files.save(path, figure)

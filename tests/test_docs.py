@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from common.masks import apply_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "tests" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,6 +55,12 @@ def test_the_library_page_runs(tmp_path, monkeypatch):
     for page in ROOT / "docs" / "library.md", ROOT / "docs" / "formats.md":
         for block in python_blocks(page):
             exec(compile(block, page.name, "exec"), namespace)
+    model, ticket, images = (namespace[name] for name in ("model", "ticket", "images"))
+    for name, survives in ticket["masks"].items():  # after training in one's own loop
+        assert torch.equal(model.get_parameter(name) != 0, survives)
+    model.load_state_dict(ticket["init"])
+    apply_mask(model, ticket["masks"])
+    assert torch.equal(namespace["pruned"](images), model(images))
 
 
 def test_each_example_of_the_library_page_has_at_most_15_lines():

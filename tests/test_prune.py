@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils import prune as torch_prune
 
 import prune
-from common import curves, files
+from common import curves, figures, files
 from common.data import Split, load_real
 from common.endpoints import endpoint
 from common.errors import UserError
@@ -264,6 +264,15 @@ def test_random_masks_and_subset(tmp_path, run):
     assert [r["sparsity"] for r in table(tmp_path / "random")] == [r["sparsity"] for r in table(tmp_path / "subset")]
     kept = masks_in(tmp_path / "random")["r2"]["conv2.weight"].float().mean().item()
     assert abs(kept - .64) < .15  # random masks do not favour a layer
+    assert not (tmp_path / "random" / "prune.png").exists()  # no accuracy, no images seen
+    with pytest.raises(UserError, match="no accuracy to draw"):
+        run("--plot", "random", "--out", "figures")
+    run("--plot", "random", "subset", "--out", "figures")
+
+
+def test_forty_families_look_different():
+    looks = {str({**figures.style_of(i, ""), "label": ""}) for i in range(40)}
+    assert len(looks) == 40
 
 
 def test_start_goes_on_from_a_mask_and_rewind_moves_the_initial_state(finished, tmp_path, run):
