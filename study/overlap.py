@@ -3,8 +3,8 @@
     python study/overlap.py --scale cpu
 
 Two masks of the same seed, so of the same initial weights: what they share against what independent masks of the same
-densities would. The masks of untrained networks say how much of that is magnitude at initialisation, which the search has
-not moved; the hot search, what moving further does.
+densities would. The masks of untrained networks say how much of that is magnitude at initialisation, which the search
+has not moved; the hot search, what moving further does.
 """
 import sys
 

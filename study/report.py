@@ -14,10 +14,12 @@ from pathlib import Path
 
 import runs
 
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees of freedom
+# Student's t for 95%, by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 NAMES = {"dense": "dense", "imp": "IMP", "synthetic": "synthetic", "subset": "real subset", "tiles": "tiles",
          "random": "random masks", "untrained": "untrained", "started": "IMP from the synthetic mask",
-         "rewound": "IMP, rewound to epoch 3", "synthetic1": "synthetic, 1 a class", "synthetic50": "synthetic, 50 a class"}
+         "rewound": "IMP, rewound to epoch 3", "synthetic1": "synthetic, 1 a class",
+         "synthetic50": "synthetic, 50 a class"}
 COLOURS = {"dense": "black", "imp": "#1f4e8c", "synthetic": "#e08214"}
 
 #############################################
@@ -139,8 +141,8 @@ def hessian_table(rows):
             line.append(shown(values(cell, measure), digits))
             line.append("" if family in ("imp", "dense") else effect(differences(cell, imp, measure), digits))
         lines.append(line)
-    return table(["masks", "sparsity (%)", "seeds", "mean &#124;h&#124;, all weights", "surviving", "against IMP", "trace",
-                  "against IMP"], lines)
+    header = ["masks", "sparsity (%)", "seeds", "mean &#124;h&#124;, all weights", "surviving", "against IMP"]
+    return table([*header, "trace", "against IMP"], lines)
 
 
 def rise_table(rows):
@@ -202,7 +204,9 @@ def draw_bars(axes, rows, measure, title):
     names = list(dict.fromkeys(key[:2] for key in found))
     rounds = sorted({int(key[2]) for key in found} - {0})
     for (family, search, number), cell in found.items():
-        place = names.index((family, search)) + (0 if number == "0" else .24 * (rounds.index(int(number)) - .5))
+        place = names.index((family, search))
+        if number != "0":
+            place += .24 * (rounds.index(int(number)) - (len(rounds) - 1) / 2)
         mean, half = interval(values(cell, measure))
         marker = "D" if number == "0" else "os^v"[rounds.index(int(number))]
         axes.errorbar(place, mean, half, fmt=marker, color=COLOURS.get(family, "grey"), capsize=3, markersize=6)

@@ -1,7 +1,7 @@
 """What the studies share: scales, families of masks, calls of the scripts, tables.
 
-A study calls prune.py, stability.py, hessian.py, landscape.py and distill.py as a user would. Each of them goes on where
-it stopped, and a command that has finished is not given again (<work>/finished.txt), so a study goes on as well. All
+A study calls prune.py, stability.py, hessian.py, landscape.py and distill.py as a user would. Each of them goes on
+where it stopped, and a command that has finished is not given again (<work>/finished.txt), so a study goes on as well. All
 studies of one scale share the folder <work>: a mask or an endpoint that two of them need is made once.
 
     family   what the search trains on: FAMILIES, or synthetic<ipc>; dense is no search at all
@@ -74,7 +74,7 @@ def study(doc):
     flag("--scale", choices=SCALES, default="quick", help="quick: minutes, offline, tells nothing; cpu: docs/study.md; "
                                                           "paper: the paper's settings, for a GPU (quick)")
     flag("--data-dir", default="data", help="as in prune.py (data)")
-    flag("--distilled", metavar="PATH", help="distilled sets, with {ipc} for the images a class (those embedded or made)")
+    flag("--distilled", metavar="PATH", help="distilled sets, {ipc} for the images a class (embedded or made)")
     flag("--rounds", type=int, nargs="+", help="pruning rounds whose masks are measured (the scale's)")
     flag("--searches", choices=SEARCHES, nargs="+", help="of search.py (the scale's)")
     flag("--work", type=Path, help="folder of masks and endpoints (runs/study/<scale>)")

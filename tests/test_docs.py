@@ -82,7 +82,8 @@ def test_links_lead_somewhere(page):
 
 @every_page
 def test_commands_name_scripts_and_flags_that_are_there(page, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "bench")
+    for folder in "bench", "study":
+        monkeypatch.syspath_prepend(ROOT / folder)
     for script, flags in commands(page):
         assert (ROOT / script).exists() or (page.parent / script).exists(), script
         if flags and script != "setup.py":
