@@ -7,14 +7,16 @@ network beside the controls.
 """
 import runs
 
-CELLS = [(family, "preset") for family in ("dense", *runs.FAMILIES)]
+
+def cells(study):
+    return [(family, "preset") for family in ("dense", *runs.families(study, *runs.FAMILIES))]
 
 
 def main():
     study = runs.study(__doc__)
-    for family in runs.FAMILIES:
+    for family, _ in cells(study)[1:]:
         runs.find_masks(study, family)
-    runs.write(study, "accuracy", runs.lines(study, CELLS))
+    runs.write(study, "accuracy", runs.lines(study, cells(study)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import runs
 
 def main():
     study = runs.study(__doc__)
-    families = ["imp", *("synthetic" if ipc == 10 else f"synthetic{ipc}" for ipc in study.scale.ipcs), "random"]
+    sets = [f"{kind}{'' if ipc == 10 else ipc}" for kind in ("synthetic", "published") for ipc in study.scale.ipcs]
+    families = runs.families(study, "imp", *sets, "random")
     for family in families:
         runs.find_masks(study, family)
     runs.write(study, "compression", runs.lines(study, [(family, "preset") for family in families]))

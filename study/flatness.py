@@ -8,14 +8,15 @@ training loss rises at equal distances from it.
 import numpy as np
 import runs
 
-FAMILIES = "imp", "synthetic", "subset", "random"
+FAMILIES = "imp", "synthetic", "published", "subset", "random"
 RADII = .5, 1., 2.  # landscape.py's
 
 
 def main():
     study = runs.study(__doc__)
-    cells = [("dense", "preset"), *((family, "preset") for family in FAMILIES)]
-    for family in FAMILIES:
+    families = runs.families(study, *FAMILIES)
+    cells = [(family, "preset") for family in ("dense", *families)]
+    for family in families:
         runs.find_masks(study, family)
     runs.write(study, "hessian", curvatures(study, cells))
     runs.write(study, "rise", rises(study, cells))

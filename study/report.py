@@ -16,11 +16,13 @@ import runs
 
 # Student's t for 95%, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-NAMES = {"dense": "dense", "imp": "IMP", "synthetic": "synthetic", "subset": "real subset", "tiles": "tiles",
+NAMES = {"dense": "dense", "imp": "IMP", "synthetic": "synthetic", "subset": "real subset", "tiles": "tiles", "published": "synthetic, MTT's set",
          "random": "random masks", "untrained": "untrained", "started": "IMP from the synthetic mask",
          "rewound": "IMP, rewound to epoch 3", "synthetic1": "synthetic, 1 a class",
-         "synthetic50": "synthetic, 50 a class"}
-COLOURS = {"dense": "black", "imp": "#1f4e8c", "synthetic": "#e08214"}
+         "synthetic50": "synthetic, 50 a class",
+         "published1": "MTT's set, 1 a class", "published50": "MTT's set, 50 a class"}
+COLOURS = {"dense": "black", "imp": "#1f4e8c", "synthetic": "#e08214", "published": "#c51b7d", "subset": "#4d9221",
+           "tiles": "#8c6d31", "untrained": "#17becf"}
 
 #############################################
 #                Statistics                 #
@@ -107,23 +109,48 @@ def loss_barrier_table(rows):
     return endpoint_table(rows, "train_loss_barrier", "training loss barrier", 3, ("imp", "dense"))
 
 
-def search_table(rows):
-    """The map: a line a cell, with the effect of the search on the family and of the family in the search."""
-    found = cells(rows)
+def map_table(rows, axis):
+    """A line a cell: the effect of the `axis` (search or training) on a family, and of the family at the same place."""
+    found = cells(rows, ("family", axis, "round"))
     lines = []
     for key, cell in found.items():
-        family, search, number = key
+        family, place, number = key
         row = next(iter(cell.values()))
-        before, imp = found.get((family, "preset", number), {}), found.get(("imp", search, number), {})
-        line = [label(key), search, f"{float(row['sparsity']):.1f}", f"{int(row['images_shown']):,}", len(cell)]
+        before, imp = found.get((family, "preset", number), {}), found.get(("imp", place, number), {})
+        line = [label(key), place, f"{float(row['sparsity']):.1f}", f"{int(row['images_shown']):,}", len(cell)]
         for measure, digits in (("test_error_barrier", 2), ("test_accuracy", 1)):
             line.append(shown(values(cell, measure), digits))
-            line.append("" if search in ("preset", "none") else effect(differences(cell, before, measure), digits))
-            line.append("" if family in ("imp", "dense") else effect(differences(cell, imp, measure), digits))
+            line.append("" if place in ("preset", "none") else effect(differences(cell, before, measure), digits))
+            line.append("" if not imp or family == "imp" else effect(differences(cell, imp, measure), digits))
         lines.append(line)
-    header = ["masks", "search", "sparsity (%)", "images shown", "seeds"]
+    header = ["masks", axis, "sparsity (%)", "images shown", "seeds"]
     for title in ("test error barrier (%)", "test accuracy (%)"):
-        header += [title, "against the preset search", "against IMP of the same search"]
+        header += [title, f"against the preset {axis}", f"against IMP of the same {axis}"]
+    return table(header, lines)
+
+
+def search_table(rows):
+    return map_table(rows, "search")
+
+
+def training_table(rows):
+    return map_table(rows, "training")
+
+
+def ways_table(rows):
+    """A line a family and way, with the difference from the right way on the same endpoints (weights: same seeds)."""
+    found = cells(rows, ("family", "way", "round"))
+    lines = []
+    for (family, way, number), cell in found.items():
+        right = found[family, "masked", number]
+        line = [NAMES[family], f"{float(next(iter(cell.values()))['sparsity']):.1f}", way, len(cell)]
+        for measure, digits in (("train_loss_barrier", 4), ("test_loss_barrier", 4), ("test_error_barrier", 2)):
+            line.append(shown(values(cell, measure), digits))
+            line.append("" if way == "masked" else effect(differences(cell, right, measure), digits))
+        lines.append(line)
+    header = ["masks", "sparsity (%)", "way", "seeds"]
+    for title in ("training loss barrier", "validation loss barrier", "test error barrier (%)"):
+        header += [title, "against masked"]
     return table(header, lines)
 
 
@@ -178,6 +205,7 @@ def compression_table(rows):
 
 TABLES = {"accuracy": ("accuracy", accuracy_table), "error barrier": ("stable", error_barrier_table),
           "loss barrier": ("stable", loss_barrier_table), "search": ("search", search_table),
+          "training": ("training", training_table), "ways": ("ways", ways_table),
           "hessian": ("hessian", hessian_table), "rise": ("rise", rise_table), "start": ("start", start_table),
           "overlap": ("overlap", overlap_table), "compression": ("compression", compression_table)}
 
@@ -198,20 +226,20 @@ def filled(text, folder):
 #############################################
 
 
-def draw_bars(axes, rows, measure, title):
-    """A point a cell with its interval; a group of points for each family and search."""
-    found = cells(rows)
+def draw_bars(axes, rows, measure, title, axis="search"):
+    """A point a cell with its interval; a group of points for each family and place on the axis (search, training)."""
+    found = cells(rows, ("family", axis, "round"))
     names = list(dict.fromkeys(key[:2] for key in found))
     rounds = sorted({int(key[2]) for key in found} - {0})
-    for (family, search, number), cell in found.items():
-        place = names.index((family, search))
+    for (family, where, number), cell in found.items():
+        place = names.index((family, where))
         if number != "0":
             place += .24 * (rounds.index(int(number)) - (len(rounds) - 1) / 2)
         mean, half = interval(values(cell, measure))
         marker = "D" if number == "0" else "os^v"[rounds.index(int(number))]
         axes.errorbar(place, mean, half, fmt=marker, color=COLOURS.get(family, "grey"), capsize=3, markersize=6)
-    ticks = [NAMES[family] if search in ("preset", "none") else f"{NAMES[family]}, {search} search"
-             for family, search in names]
+    ticks = [NAMES[family] if where in ("preset", "none") else f"{NAMES[family]}, {where} {axis}"
+             for family, where in names]
     axes.set_xticks(range(len(names)), ticks, rotation=35, ha="right", fontsize=8)
     axes.set_ylabel(title)
     axes.grid(alpha=.3, axis="y")
@@ -225,14 +253,16 @@ def draw(rows, measures, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * len(measures), 4.2), layout="constrained")
+    axis = "training" if "training" in rows[0] else "search"
     for axes, (measure, title) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
-        draw_bars(axes, rows, measure, title)
+        draw_bars(axes, rows, measure, title, axis)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
 BARRIER, ACCURACY = ("test_error_barrier", "test error barrier (%)"), ("test_accuracy", "test accuracy (%)")
-PICTURES = {"accuracy": [ACCURACY, BARRIER], "search": [BARRIER, ACCURACY], "compression": [BARRIER, ACCURACY],
+PICTURES = {"accuracy": [ACCURACY, BARRIER], "search": [BARRIER, ACCURACY],
+            "training": [BARRIER, ACCURACY], "compression": [BARRIER, ACCURACY],
             "start": [ACCURACY], "rise": [("rise_2", "rise of the training loss at distance 2")],
             "hessian": [("mean_abs", "mean |h| over surviving weights"), ("trace", "trace of the Hessian")]}
 

@@ -1,18 +1,19 @@
 """What the studies share: scales, families of masks, calls of the scripts, tables.
 
 A study calls prune.py, stability.py, hessian.py, landscape.py and distill.py as a user would. Each of them goes on
-where it stopped, and a command that has finished is not given again (<work>/finished.txt), so a study goes on as well. All
-studies of one scale share the folder <work>: a mask or an endpoint that two of them need is made once.
+where it stopped, and a command that has finished is not given again (<work>/finished.txt), so a study goes on as well.
+All studies of one scale share the folder <work>: a mask or an endpoint that two of them need is made once.
 
     family   what the search trains on: FAMILIES, or synthetic<ipc>; dense is no search at all
     search   how hot and how long a round of the search trains: SEARCHES
     cell     a family and a search, and the folder of its masks: <work>/masks/<family>-<search>/seed<S>/r<round>.pt
 
-Every endpoint of a scale is trained alike, whatever the search was.
+Every endpoint of a scale is trained alike, whatever the search was, but for training.py, which varies just that.
 """
 import argparse
 import csv
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -23,12 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = {
     "imp": "--data real",
     "synthetic": "--data distilled",
+    "published": "--data distilled",  # the set that --published names
     "subset": "--data subset",  # control: as few real images, drawn at random
     "tiles": "--data distilled",  # control: the real images, chosen and made small, that the distilled set starts from
     "random": "--data random",  # control: random masks
     "untrained": "--data distilled --lr 0 --epochs 1",  # control: the smallest weights at initialisation go
 }
-SEARCHES = {"preset": (None, 1), "hot": (.1, 1), "long": (None, 5), "short": (None, .2)}  # learning rate, times as long
+SEARCHES = {  # flags that differ from the scale's, and times as many epochs
+    "preset": ("", 1), "hot": ("--lr 0.1", 1), "long": ("", 5), "short": ("", .2),
+    "weights": ("--rewind-what weights", 1)}  # of ways.py
+TRAININGS = {"preset": "", "hot": "--lr .1", "long": "--epochs 24"}  # of the endpoints: what differs from the scale's
 
 
 class Scale(NamedTuple):
@@ -50,7 +55,7 @@ SCALES = {
                    "--preset quick --dataset digits --width 8 --train-images 400 --eval-epochs 3 --epochs 2",
                    "--epochs 3 --lr .05", "--points 3 --eval-images 300", "--batch 8 --batches 2",
                    "--plane random --orders 1 --grid 9 --eval-images 100", "--outer 2 --repeats 0"),
-    "cpu": Scale((0, 1, 2, 3), (4, 9), (14,), ("preset", "hot"), (1, 10, 50),
+    "cpu": Scale((0, 1, 2, 3), (4, 9), (14,), ("preset", "hot", "long"), (1, 10, 50),
                  "--preset quick", "--epochs 8 --lr .02", "--points 5", "--batch 32 --batches 4",
                  "--plane random --orders 1 --grid 9 --eval-images 1000"),
     "paper": Scale((0, 1, 2, 3), (4, 9), (14, 20, 25), ("preset", "hot", "short"), (1, 10, 50),
@@ -62,7 +67,7 @@ SCALES = {
 class Study(NamedTuple):
     scale: Scale
     data_dir: str
-    distilled: str  # path with {ipc}, or None
+    published: str  # path of distilled sets with {ipc}, or None
     work: Path
     out: Path
 
@@ -74,7 +79,7 @@ def study(doc):
     flag("--scale", choices=SCALES, default="quick", help="quick: minutes, offline, tells nothing; cpu: docs/study.md; "
                                                           "paper: the paper's settings, for a GPU (quick)")
     flag("--data-dir", default="data", help="as in prune.py (data)")
-    flag("--distilled", metavar="PATH", help="distilled sets, {ipc} for the images a class (embedded or made)")
+    flag("--published", metavar="PATH", help="distilled sets of others, {ipc} for the images a class: one family more")
     flag("--rounds", type=int, nargs="+", help="pruning rounds whose masks are measured (the scale's)")
     flag("--searches", choices=SEARCHES, nargs="+", help="of search.py (the scale's)")
     flag("--work", type=Path, help="folder of masks and endpoints (runs/study/<scale>)")
@@ -84,7 +89,7 @@ def study(doc):
     scale = scale._replace(rounds=tuple(args.rounds or scale.rounds), searches=tuple(args.searches or scale.searches))
     work = args.work or Path("runs/study") / args.scale
     out = args.out or (ROOT / "docs" / "study" if args.scale == "cpu" else work / "tables")
-    return Study(scale, args.data_dir, args.distilled, work, out)
+    return Study(scale, args.data_dir, args.published, work, out)
 
 
 #############################################
@@ -113,11 +118,9 @@ def folder(study, family, search="preset"):
 
 def find_masks(study, family, search="preset", last=None):
     """The masks of a cell up to the round `last`, for all seeds of the scale."""
-    out, (lr, times) = folder(study, family, search), SEARCHES[search]
+    out, (different, times) = folder(study, family, search), SEARCHES[search]
     last = max(last or 0, *study.scale.rounds, *there(out, study.scale.seeds[0]))
-    flags = [*study.scale.prune.split(), *data_flags(study, family)]
-    if lr:
-        flags += ["--lr", lr]
+    flags = [*study.scale.prune.split(), *data_flags(study, family), *different.split()]
     if times != 1:
         find_masks(study, family, "preset", last)
         preset = json.loads((folder(study, family) / f"seed{study.scale.seeds[0]}" / "config.json").read_text())
@@ -131,26 +134,37 @@ def there(out, seed):
     return [int(path.stem[1:]) for path in (out / f"seed{seed}").glob("r*.pt") if path.stem[1:].isdigit()]
 
 
+def families(study, *names):
+    """These families, those of published sets only where there is one."""
+    return [name for name in names if study.published or not name.startswith("published")]
+
+
 def data_flags(study, family):
-    """What the search of a family trains on; distilled sets are made where none is at hand."""
-    ipc = family.removeprefix("synthetic")
-    if not ipc.isdigit():
-        ipc = 10
-    flags = FAMILIES.get(family, FAMILIES["synthetic"]).split()
+    """What the search of a family trains on."""
+    kind, ipc = re.fullmatch(r"([a-z]+)(\d*)", family).groups()
+    flags = FAMILIES[kind].split()
     if "distilled" not in flags:
         return flags
+    ipc = ipc or 10
+    path = distilled_set(study, kind, ipc)
     flags += ["--ipc", ipc]
-    path = study.distilled and study.distilled.format(ipc=ipc)
-    how = study.scale.distil
-    if family == "tiles":
-        path, how = None, "--method select --repeats 0"
-    if path is None and how:
-        made = study.work / "distilled" / f"{'tiles' if family == 'tiles' else 'set'}{ipc}"
-        dataset = "digits" if "digits" in study.scale.prune else "cifar10"
-        call(study, "distill.py", "--dataset", dataset, "--ipc", ipc, *how.split(), "--data-dir", study.data_dir,
-             "--out", made)
-        path = made / "data.pt"
     return [*flags, "--distilled", path] if path else flags
+
+
+def distilled_set(study, kind, ipc):
+    """The file of a family's distilled set, made where none is at hand; None: the embedded one."""
+    if kind == "published":
+        return study.published.format(ipc=ipc)
+    name, how = "set", study.scale.distil
+    if kind == "tiles":
+        name, how = "tiles", "--method select --repeats 0"
+    if how is None:
+        return None
+    made = study.work / "distilled" / f"{name}{ipc}"
+    dataset = "digits" if "digits" in study.scale.prune else "cifar10"
+    call(study, "distill.py", "--dataset", dataset, "--ipc", ipc, *how.split(), "--data-dir", study.data_dir,
+         "--out", made)
+    return made / "data.pt"
 
 
 def tickets(study, cells, rounds=None):
@@ -163,19 +177,21 @@ def tickets(study, cells, rounds=None):
     return files
 
 
-def endpoint_flags(study):
-    return [*study.scale.endpoints.split(), "--data-dir", study.data_dir]
+def endpoint_flags(study, training="preset"):
+    return [*study.scale.endpoints.split(), *TRAININGS[training].split(), "--data-dir", study.data_dir]
 
 
-def lines(study, cells, rounds=None):
+def lines(study, cells, rounds=None, training="preset"):
     """Rows, one a seed, of the endpoints of these cells: accuracy, and the barriers between two data orders.
 
     A cell is a call of its own: of two equal tickets in one call, stability.py keeps one.
     """
-    out, wanted = study.work / "endpoints", []
+    out = study.work / ("endpoints" if training == "preset" else f"endpoints-{training}")
+    wanted = []
     for cell in cells:
         masks = tickets(study, [cell], rounds)
-        call(study, "stability.py", "--mask", *masks, *endpoint_flags(study), *study.scale.line.split(), "--out", out)
+        flags = [*endpoint_flags(study, training), *study.scale.line.split()]
+        call(study, "stability.py", "--mask", *masks, *flags, "--out", out)
         wanted += map(str, masks)
     row_of = {row["mask"]: row for row in read(out / "stability.csv")}
     return [line_row(row_of[mask]) for mask in wanted]

@@ -11,7 +11,7 @@ def main():
     study = runs.study(__doc__)
     cells = [("dense", "preset")]
     for search in study.scale.searches:
-        for family in ("imp", "synthetic"):
+        for family in runs.families(study, "imp", "synthetic", "published"):
             runs.find_masks(study, family, search)
             cells.append((family, search))
         runs.write(study, "search", runs.lines(study, cells))

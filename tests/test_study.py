@@ -4,17 +4,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "study"))
 
 import report  # noqa: E402
 import runs  # noqa: E402
+import ways  # noqa: E402
+from common.training import Recipe  # noqa: E402
 
-TABLES = {"accuracy": ["accuracy"], "stable": ["stable"], "search": ["search"], "flatness": ["hessian", "rise"],
-          "start": ["start"], "overlap": ["overlap"], "compression": ["compression"]}
-
-KEYS = "family", "search", "other_family", "other_search", "round", "scope", "layer"
+TABLES = {"accuracy": ["accuracy"], "stable": ["stable"], "search": ["search"], "training": ["training"],
+          "flatness": ["hessian", "rise"], "start": ["start"], "overlap": ["overlap"], "compression": ["compression"],
+          "ways": ["ways"]}
+KEYS = "family", "search", "training", "way", "other_family", "other_search", "round", "scope", "layer"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,18 @@ def test_a_study_measures_all_its_cells_and_goes_on_without_doing_anything_again
 
 def test_every_claim_has_its_study():
     assert {path.stem for path in (ROOT / "study").glob("*.py")} == {"runs", "report", *TABLES}
+
+
+def test_weight_decay_alone_is_torchs():
+    weight = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    recipe = Recipe(6, .1)
+    optimizer = torch.optim.SGD([weight], recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    for epoch in range(6):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
+        for _ in range(7):
+            weight.grad = torch.zeros_like(weight)
+            optimizer.step()
+    assert ways.decayed(recipe, 7) == pytest.approx(weight.item(), abs=1e-12)
 
 
 def test_intervals_are_students():
