@@ -26,7 +26,8 @@ The rooms, each using only those above it:
     distilled                         distilled sets of every published format
     training, evaluation, scores      SGD under a mask; losses of networks and of points; what to prune without training
     matching, planes                  weight space: a network's units relabelled; planes through networks
-    tickets, figures, endpoints       mask files; pictures of runs of prune.py; the networks trained from tickets
+    tickets, figures                  mask files; pictures of runs of prune.py
+    overlap, endpoints                what two runs' masks share; the networks trained from tickets
     cli                               flags, errors in one line, how a script starts
     embedded/                         digits, and distilled sets of CIFAR-10 and digits
 """

@@ -1,4 +1,4 @@
-"""Mask algebra: which weights survive, how sparse that is, pruning by scores, what two masks share."""
+"""Mask algebra: which weights survive, how sparse that is, pruning by scores."""
 import torch
 
 from .networks import prunable
@@ -59,13 +59,3 @@ def shuffled(mask, stream):
     """`mask` permuted at random within each layer (Frankle et al. 2021)."""
     return {name: kept.flatten()[torch.randperm(kept.numel(), generator=stream).to(kept.device)].view_as(kept)
             for name, kept in mask.items()}
-
-
-def overlap(a, b):
-    """Surviving weights shared by two masks of one layer against independent masks of the same densities.
-
-    Returns (n, survivors of a, of b, shared, expected, variance); the last two are the hypergeometric ones.
-    """
-    n, k, m = a.numel(), int(a.sum()), int(b.sum())
-    variance = k * m * (n - k) * (n - m) / (n * n * max(n - 1, 1))
-    return n, k, m, int((a & b).sum()), k * m / n, variance

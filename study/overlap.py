@@ -12,22 +12,25 @@ import runs
 
 sys.path.insert(0, str(runs.ROOT))
 
+from common.overlap import compare_rounds  # noqa: E402
 from common.tickets import load_ticket  # noqa: E402
-from prune import compare_rounds  # noqa: E402
 
 PAIRS = [(("imp", "preset"), ("synthetic", "preset")), (("imp", "preset"), ("random", "preset")),
          (("imp", "preset"), ("subset", "preset")), (("imp", "preset"), ("tiles", "preset")),
          (("imp", "preset"), ("untrained", "preset")), (("synthetic", "preset"), ("untrained", "preset")),
          (("imp", "hot"), ("untrained", "preset")), (("synthetic", "hot"), ("untrained", "preset")),
-         (("imp", "preset"), ("imp", "hot")), (("synthetic", "preset"), ("synthetic", "hot"))]
+         (("imp", "long"), ("untrained", "preset")), (("synthetic", "long"), ("untrained", "preset")),
+         (("imp", "preset"), ("imp", "hot")), (("synthetic", "preset"), ("synthetic", "hot")),
+         (("imp", "preset"), ("imp", "long")), (("synthetic", "preset"), ("synthetic", "long"))]
 
 
 def main():
     study = runs.study(__doc__)
-    for cell in dict.fromkeys(cell for pair in PAIRS for cell in pair):
+    pairs = [(a, b) for a, b in PAIRS if {a[1], b[1]} <= set(study.scale.searches)]
+    for cell in dict.fromkeys(cell for pair in pairs for cell in pair):
         runs.find_masks(study, *cell)
     rows = []
-    for a, b in PAIRS:
+    for a, b in pairs:
         for seed in study.scale.seeds:
             rows += compared(study, a, b, seed)
     runs.write(study, "overlap", rows)

@@ -18,8 +18,9 @@ from common.data import Split, load_real
 from common.endpoints import endpoint
 from common.errors import UserError
 from common.evaluation import evaluate
-from common.masks import apply_mask, dense_mask, magnitude_mask, overlap, sparsity
+from common.masks import apply_mask, dense_mask, magnitude_mask, sparsity
 from common.networks import build_network, prunable
+from common.overlap import overlap
 from common.streams import random_stream
 from common.tickets import FORMAT, family, fingerprint, load_ticket
 from conftest import ROOT
