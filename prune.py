@@ -11,7 +11,7 @@ Every round leaves a mask in --out (r0.pt is the dense network) that stability.p
 --evaluate trains every round's subnetwork on real data and reports its test accuracy.
 
 The first command takes about a minute on 2 cores without a GPU, where the `quick` preset runs: convnet3 of width 32,
-10 rounds. Expect 20.00, 36.00, 48.80, ... 89.26% sparsity, 24,000 images seen a round, and 56 to 73% of the augmented
+10 rounds. Expect 20.00, 36.00, 48.80, ... 89.26% sparsity, 24,000 images seen a round, and 48 to 70% of the augmented
 distilled images recognised in its last epoch. Their subnetworks reach 65.4, 63.9 and 61.4% on CIFAR-10's test set at
 59, 79 and 89% sparsity with the published MTT set (docs/results.md). `--preset paper` is ResNet-18, meant for a GPU.
 
@@ -400,8 +400,8 @@ def add_data_flags(parser):
 def add_pruning_flags(parser):
     flag = parser.add_argument_group("network").add_argument
     flag("--model", help="convnet3, resnet10, resnet18 or package.module:callable (paper: resnet18, quick: convnet3)")
-    flag("--width", type=cli.width, help="channels of the first layer, scales all (convnet3: 128, in quick 32; resnets: "
-                                        "32, above 64 pixels 64)")
+    flag("--width", type=cli.width, help="channels of the first layer, scales all (convnet3: 128, in quick 32; "
+                                        "resnets: 32, above 64 pixels 64)")
     flag("--norm", choices=("instance", "batch", "none"), help="normalisation (convnet3: instance, resnets: batch)")
     flag = parser.add_argument_group("pruning").add_argument
     flag("--rounds", type=positive, help="the last round; those of a --start mask count (%(default)s)")
@@ -463,8 +463,8 @@ def config_of(args, preset):
         same = ("model", "width", "norm", "dataset", "image_size", "keep")
         unset |= {key: started["config"].get(key) for key in same}
         if ":" in str(unset["model"]) and config["model"] is None:
-            raise UserError(f"{args.start}: its network is {unset['model']}; its code is run only when you name it: --model "
-                            f"{unset['model']}")
+            raise UserError(f"{args.start}: its network is {unset['model']}; its code is run only when you name it: "
+                            f"--model {unset['model']}")
     for key, value in unset.items():
         if config[key] is None:
             config[key] = value

@@ -16,7 +16,8 @@ import runs
 
 # Student's t for 95%, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-NAMES = {"dense": "dense", "imp": "IMP", "synthetic": "synthetic", "subset": "real subset", "tiles": "tiles", "published": "synthetic, MTT's set",
+NAMES = {"dense": "dense", "imp": "IMP", "synthetic": "synthetic", "subset": "real subset", "tiles": "tiles",
+         "published": "synthetic, MTT's set",
          "random": "random masks", "untrained": "untrained", "started": "IMP from the synthetic mask",
          "rewound": "IMP, rewound to epoch 3", "synthetic1": "synthetic, 1 a class",
          "synthetic50": "synthetic, 50 a class",

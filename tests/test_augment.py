@@ -120,7 +120,7 @@ def test_cutmix_pastes_the_area_it_says():
         foreign = pasted != labels
         assert torch.allclose(own[foreign], torch.full_like(own[foreign], kept))
         assert torch.equal(mixed[foreign].amax((1, 2, 3)), torch.maximum(labels, pasted)[foreign].float()) or kept == 1
-    # Boxes of an even side, as IDC's, are clipped at the border, so more than the half that an unclipped Beta(1, 1) keeps.
+    # Boxes of an even side, as IDC's, are clipped at the border: more than the half that an unclipped Beta(1, 1) keeps.
     assert min(fractions) < .2 and max(fractions) > .95 and .5 < sum(fractions) / 200 < .75
 
 

@@ -167,7 +167,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_set(tmp_path):
 def test_the_command_measures_what_it_made(script, tmp_path):
     made = script("distill.py", "--dataset", "digits", "--ipc", 1, "--budget", .02, "--epochs", 20, "--out", "set")
     assert made.returncode == 0, made.stderr
-    assert {p.name for p in (tmp_path / "set").iterdir()} == {"data.pt", "sheet.png", "config.json", "checkpoint.pt", "curves.csv"}
+    written = {path.name for path in (tmp_path / "set").iterdir()}
+    assert written == {"data.pt", "sheet.png", "config.json", "checkpoint.pt", "curves.csv"}
     kept = files.load(tmp_path / "set" / "config.json")
     assert "distill.py --dataset digits --ipc 1" in kept["command"]
     assert len(kept["accuracy"]["values"]) == 2 and kept["iterations"] > 0

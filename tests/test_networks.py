@@ -96,7 +96,8 @@ def test_what_cannot_be_pruned_or_trained_is_one_line(make, message):
 
 
 def test_a_trial_leaves_statistics_and_generators_as_they_were():
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(.5), nn.Flatten(), nn.Linear(144, 10)).eval()
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(.5), nn.Flatten(), nn.Linear(144, 10)
+    model = nn.Sequential(*layers).eval()
     torch.manual_seed(4)
     check_network(model, torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), 10)
     after = torch.rand(3)

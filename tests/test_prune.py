@@ -565,7 +565,8 @@ def test_a_first_try_that_failed_does_not_claim_the_folder(run, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("--rate", "1e-9"), "removes none"), (("--evaluate", 99), "--rounds"), (("--rate", ".9999", "--rounds", 3), "all weights")])
+    (("--rate", "1e-9"), "removes none"), (("--evaluate", 99), "--rounds"),
+    (("--rate", ".9999", "--rounds", 3), "all weights")])
 def test_a_search_that_comes_to_nothing_says_so(run, arguments, message):
     with pytest.raises(UserError, match=message):
         run(*QUICK, *arguments, "--out", "masks")
