@@ -485,7 +485,6 @@ def add_training_flags(parser):
     flag("--cutmix", type=within(0, 1), help="probability of CutMix (0.5; 1 above 64 pixels)")
     cli.sparse_flag(group)
     flag("--amp", action="store_true", help="train in bfloat16")
-    flag("--compile", action="store_true", help="run the training step through torch.compile")
     flag("--seed", type=cli.seed, help="fixes initialisation, order and augmentation (%(default)s)")
     flag("--seeds", type=cli.seed, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
     cli.device_flags(group)
