@@ -1,4 +1,5 @@
 """SGD under a mask: one loop for pruning rounds, evaluations and endpoints, which goes on from any step."""
+import contextlib
 import copy
 import math
 import time
@@ -167,7 +168,7 @@ def make_step(model, split, mask, momenta, recipe):
 
     def step(draws):
         batch = augmented(split, draws)
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=recipe.amp):
+        with torch.autocast(batch.images.device.type, torch.bfloat16) if recipe.amp else contextlib.nullcontext():
             logits = logits_of(network(batch.images))
         loss = loss_of(logits, batch)
         grads = [zeros[:p.numel()].view(p.shape).to(p.dtype) if grad is None else grad  # a bias before a norm has none
