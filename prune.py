@@ -62,7 +62,7 @@ QUICK_IMAGES = {"distilled": 24_000, "subset": 24_000, "real": 120_000, "random"
 COLUMNS = ("round", "sparsity", "remaining", "training_points", "train_loss", "train_accuracy",
            "test_loss", "test_accuracy", "seconds",  # since the last stop within the round
            "sparsity_of_all")  # parameters, biases and norms too
-MAY_CHANGE = {"rounds", "sparse"}  # in a run that goes on: more rounds leave those that are there; old configs' sparse
+MAY_CHANGE = {"rounds", "sparse", "compile"}  # in a run that goes on: more rounds; the last two are of old configs
 
 #############################################
 #                 The search                #
@@ -442,7 +442,6 @@ def add_training_flags(parser):
     flag("--cutmix", type=within(0, 1), help="probability of CutMix (0.5; 1 above 64 pixels)")
     cli.sparse_flag(group)
     flag("--amp", action="store_true", help="train in bfloat16")
-    flag("--compile", action="store_true", help="run the training step through torch.compile")
     flag("--seed", type=cli.seed, help="fixes initialisation, order and augmentation (%(default)s)")
     flag("--seeds", type=cli.seed, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
     cli.device_flags(group)

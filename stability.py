@@ -182,7 +182,8 @@ def read_result(file):
     result = files.load(file)
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise UserError(f"{file}: not a result of stability.py, nor a folder of them")
-    result["settings"].pop("sparse", None)  # of earlier versions: how zeros were skipped, no more than rounding
+    for key in ("sparse", "compile"):  # of earlier versions: how a step was computed, no more than rounding
+        result["settings"].pop(key, None)
     return result
 
 

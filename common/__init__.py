@@ -24,6 +24,7 @@ The rooms, each using only those above it:
     augment, arrays, pictures, data   DSA and CutMix; what users' arrays and pictures mean; splits of real data
     graph                             any network as the operations of its forward pass
     distilled                         distilled sets of every published format
+    captured                          a training step as a CUDA graph
     training, evaluation, scores      SGD under a mask; losses of networks and of points; what to prune without training
     matching, planes                  weight space: a network's units relabelled; planes through networks
     tickets, figures                  mask files; pictures of runs of prune.py

@@ -1,5 +1,7 @@
 """Augmentation of training batches: DSA, IDC's for ImageNet, CutMix. Every draw comes from the generator given.
 
+What is random is drawn on the CPU, as tensors, and applied on the images' device, which is never waited for.
+
 Formulas and ranges are those of IDC's code (Kim et al. 2022), which the paper trains with.
 """
 import math
@@ -43,21 +45,29 @@ def draw_dsa(generator, count=1, flip=True, geometries=TRAINING, cutout=False):
 
 
 def dsa(images, draw):
-    """Apply `draw` to normalised images [N, C, H, W], differentiably; by the op of that name where nobody differentiates.
-
-    Op: dsa(images, colour [N, 3], transform [N, 6]), float32 on a CPU, at most 4 channels.
-    """
-    plain = images.dtype == torch.float32 and images.shape[1] <= 4 and draw.box is None and not images.requires_grad
-    if plain and images.device.type == "cpu" and ops.runs_on("cpu"):
-        colour = torch.stack(draw[1:4], 1).expand(len(images), 3)
-        return torch.ops.lottery.dsa(images, colour, pixel_transform(draw, *images.shape[2:]).expand(len(images), 6))
+    """Apply `draw` to normalised images [N, C, H, W], differentiably; by the op of that name where nobody differentiates."""
+    if draw.box is None and not images.requires_grad:
+        parts = colour_and_transform(draw, *images.shape[2:])
+        return recoloured_and_moved(images, *(part.to(images.device).expand(len(images), -1) for part in parts))
     draw = Draw(*(part.to(images.device) if torch.is_tensor(part) else part for part in draw))
-    images = recolour(images, draw)
+    images = ops.recolour(images, torch.stack(draw[1:4], 1))
     if draw.geometry == "crop":
         images = shift(images, draw)
     else:
         images = warp(images, draw)
     return images if draw.box is None else cut_out(images, draw.box)
+
+
+def recoloured_and_moved(images, colour, transform):
+    """ops.dsa_reference, by the op where it takes the images."""
+    if ops.runs_on(images.device.type) and images.dtype == torch.float32 and images.shape[1] <= 4:
+        return torch.ops.lottery.dsa(images, colour, transform)
+    return ops.dsa_reference(images, colour, transform)
+
+
+def colour_and_transform(draw, height, width):
+    """What the op takes of a draw: [N or 1, 3] and [N or 1, 6]."""
+    return torch.stack(draw[1:4], 1), pixel_transform(draw, height, width)
 
 
 def pixel_transform(draw, height, width):
@@ -90,17 +100,6 @@ def linear_map(draw):
         return (sx, torch.zeros_like(sx)), (torch.zeros_like(sx), sy)
     sine, cosine = torch.sin(ANGLE * draw.x), torch.cos(ANGLE * draw.x)
     return (cosine, -sine), (sine, cosine)
-
-
-def recolour(images, draw):
-    """Brightness, then saturation about each pixel's grey, then contrast about each image's mean, as one sum."""
-    brightness, saturation, contrast = (part.view(-1, 1, 1, 1) for part in draw[1:4])
-    if images.shape[1] == 1:
-        saturation = torch.ones_like(saturation)
-    grey = images.mean(1, keepdim=True)
-    mean = grey.mean((2, 3), keepdim=True)  # saturation does not change it
-    rest = contrast * (1 - saturation) * grey + ((1 - contrast) * mean + brightness)
-    return torch.addcmul(rest, images, contrast * saturation)
 
 
 def shift(images, draw):
@@ -145,51 +144,57 @@ def cut_out(images, centre):
 #############################################
 
 
-def imagenet_augment(images, generator, mean, std):
-    """IDC's for ImageNet: random resized crop (area 0.5-1), flip, colour jitter 0.4, lighting 0.1, drawn per image.
-
-    Images [N, C, H, W] are normalised by `mean` and `std` [C]; brightness works on values in [0, 1].
-    """
-    n = len(images)
-    u = torch.rand(n, 7, generator=generator).to(images.device)
+def draw_imagenet(generator, n, channels):
+    """Draw IDC's augmentation for `n` images of ImageNet: (where the images are read [N, 2, 3], as F.affine_grid takes it;
+    factors of brightness, contrast and saturation [N, 3]; shifts of their three colours [N, 3], or None)."""
+    u = torch.rand(n, 7, generator=generator)
     side = torch.sqrt(.5 + .5 * u[:, 0])
     aspect = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3)).sqrt()
     sx, sy = (side * aspect).clamp(max=1), (side / aspect).clamp(max=1)
-    transform = images.new_zeros(n, 2, 3)
-    transform[:, 0, 0], transform[:, 1, 1] = torch.where(u[:, 2] < .5, -sx, sx), sy
-    transform[:, 0, 2], transform[:, 1, 2] = (2 * u[:, 3] - 1) * (1 - sx), (2 * u[:, 4] - 1) * (1 - sy)
-    grid = F.affine_grid(transform, images.shape, align_corners=False)
+    place = torch.zeros(n, 2, 3)
+    place[:, 0, 0], place[:, 1, 1] = torch.where(u[:, 2] < .5, -sx, sx), sy
+    place[:, 0, 2], place[:, 1, 2] = (2 * u[:, 3] - 1) * (1 - sx), (2 * u[:, 4] - 1) * (1 - sy)
+    jitter = .6 + .8 * torch.rand(n, 3, 1, 1, 1, generator=generator).view(n, 3)
+    return place, jitter, draw_lighting(generator, n) if channels == 3 else None
+
+
+def draw_lighting(generator, n):
+    """Shifts [N, 3] along the principal axes of ImageNet's colours (Krizhevsky et al. 2012)."""
+    axes = torch.tensor([[-.5675, .7192, .4009], [-.5808, -.0045, -.8140], [-.5836, -.6948, .4203]])
+    scale = torch.tensor([.2175, .0188, .0045]) * .1 / .225  # in units of its standard deviation
+    return torch.randn(n, 3, generator=generator) * scale @ axes.T
+
+
+def imagenet_augment(images, black, place, jitter, light):
+    """IDC's for ImageNet: random resized crop (area 0.5-1), flip, colour jitter 0.4, lighting 0.1, as draw_imagenet says.
+
+    Images [N, C, H, W] are normalised; `black` [C, 1, 1] is what they are where the raw value is 0.
+    """
+    grid = F.affine_grid(place.to(images.dtype), images.shape, align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    jitter = .6 + .8 * torch.rand(n, 3, 1, 1, 1, generator=generator).to(images.device)
-    black = -(images.new_tensor(mean) / images.new_tensor(std)).view(-1, 1, 1)  # a raw value of 0
+    jitter = jitter.to(images.dtype)[:, :, None, None, None]
     images = torch.lerp(black, images, jitter[:, 0])
     images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, jitter[:, 1])
     images = torch.lerp(images.mean(1, keepdim=True), images, jitter[:, 2])
-    return images + lighting(images, generator) if images.shape[1] == 3 else images
-
-
-def lighting(images, generator):
-    """Shifts [N, 3, 1, 1] along the principal axes of ImageNet's colours (Krizhevsky et al. 2012)."""
-    axes = images.new_tensor([[-.5675, .7192, .4009], [-.5808, -.0045, -.8140], [-.5836, -.6948, .4203]])
-    scale = images.new_tensor([.2175, .0188, .0045]) * .1 / .225  # in units of its standard deviation
-    amounts = torch.randn(len(images), 3, generator=generator).to(images) * scale
-    return (amounts @ axes.T)[:, :, None, None]
+    return images if light is None else images + light.to(images.dtype)[:, :, None, None]
 
 
 #############################################
-#            CutMix, and a batch            #
+#                  CutMix                   #
 #############################################
 
 
-def cutmix(images, labels, generator):
-    """CutMix with beta = 1 (Yun et al. 2019): (images, labels of the pasted boxes, area fraction kept)."""
-    u, size = torch.rand(3, generator=generator).tolist(), images.shape[-1]
+def draw_cutmix(generator, n, size):
+    """Draw CutMix with beta = 1 (Yun et al. 2019) for a batch of `n` images of `size` pixels.
+
+    (the image whose box each gets [N], the box's rows and columns, bool [size] each, the area fraction kept).
+    """
+    u = torch.rand(3, generator=generator).tolist()
     half = int(size * math.sqrt(1 - u[0])) // 2
     (x0, x1), (y0, y1) = (edges(int(size * place), half, size) for place in u[1:])
-    other = torch.randperm(len(images), generator=generator).to(images.device)
-    images = images.clone()
-    images[:, :, y0:y1, x0:x1] = images[other][:, :, y0:y1, x0:x1]
-    return images, labels[other], 1 - (x1 - x0) * (y1 - y0) / size ** 2
+    pixels = torch.arange(size)
+    other = torch.randperm(n, generator=generator)
+    return other, (pixels >= y0) & (pixels < y1), (pixels >= x0) & (pixels < x1), 1 - (x1 - x0) * (y1 - y0) / size ** 2
 
 
 def edges(centre, half, size):
@@ -197,25 +202,74 @@ def edges(centre, half, size):
     return max(centre - half, 0), min(centre + half, size)
 
 
+def cutmix(images, labels, other, rows, columns):
+    """(images with the boxes of other images pasted in, labels of what was pasted)."""
+    return torch.where(rows[:, None] & columns, images[other], images), labels[other]
+
+
+#############################################
+#                 A batch                   #
+#############################################
+
+
+class Draws(NamedTuple):
+    """All that changes from one training step to the next, drawn on the CPU; None where the recipe has no use for it."""
+
+    index: torch.Tensor  # of the images, [N]
+    lr: torch.Tensor  # learning rate, []
+    kept: torch.Tensor = None  # weight of an image's own label, []; that of the pasted one is 1 - kept
+    other: torch.Tensor = None  # of cutmix,
+    rows: torch.Tensor = None
+    columns: torch.Tensor = None
+    colour: torch.Tensor = None  # of DSA,
+    transform: torch.Tensor = None
+    place: torch.Tensor = None  # and of imagenet_augment
+    jitter: torch.Tensor = None
+    light: torch.Tensor = None
+
+
 class Batch(NamedTuple):
     """Augmented images with two labels each: the loss is kept * loss(labels) + (1 - kept) * loss(pasted)."""
 
     images: torch.Tensor  # [N, C, H, W]
     labels: torch.Tensor  # [N], or soft ones [N, classes]
-    pasted: torch.Tensor  # of the boxes that CutMix pasted
-    kept: torch.Tensor  # scalar on the device, so that a compiled step need not know its value
+    pasted: torch.Tensor = None  # of the boxes that CutMix pasted; None without one
+    kept: torch.Tensor = None
 
 
-def augmented(split, index, recipe, generator):
-    """The Batch that `recipe` (its augment, flip and cutmix) makes of the images `index` of a split."""
-    images, labels = split.batch(index)
-    if recipe.augment == "dsa":
-        images = dsa(images, draw_dsa(generator, len(images), recipe.flip))
-    elif recipe.augment == "crop":
-        images = dsa(images, draw_dsa(generator, len(images), flip=False, geometries=("crop",)))
+def draw_batch(index, lr, split, recipe, generator):
+    """The Draws of the images `index` of a split, as `recipe` (its augment, flip and cutmix) says."""
+    n, (channels, height, width) = len(index), split.images.shape[1:]
+    drawn = {}
+    if recipe.augment in ("dsa", "crop"):
+        options = {"flip": recipe.flip} if recipe.augment == "dsa" else {"flip": False, "geometries": ("crop",)}
+        names, values = ("colour", "transform"), colour_and_transform(draw_dsa(generator, n, **options), height, width)
+        drawn.update(zip(names, values))
     elif recipe.augment == "imagenet":
-        images = imagenet_augment(images, generator, split.mean, split.std)
-    pasted, kept = labels, 1.
+        drawn.update(zip(("place", "jitter", "light"), draw_imagenet(generator, n, channels)))
     if recipe.cutmix and torch.rand((), generator=generator) < recipe.cutmix:
-        images, pasted, kept = cutmix(images, labels, generator)
-    return Batch(images, labels, pasted, torch.tensor(kept, device=images.device))
+        *box, kept = draw_cutmix(generator, n, width)
+        drawn.update(zip(("other", "rows", "columns"), box), kept=torch.tensor(kept))
+    return Draws(index, torch.tensor(lr), **drawn)
+
+
+def even(draws, recipe, split):
+    """Draws that have the same parts in every batch: where CutMix pastes nothing, an empty box."""
+    if not recipe.cutmix or draws.other is not None:
+        return draws
+    nothing = torch.zeros(split.images.shape[3], dtype=torch.bool)
+    return draws._replace(other=draws.index.new_zeros(len(draws.index)), rows=nothing, columns=nothing,
+                          kept=torch.ones(()))
+
+
+def augmented(split, draws):
+    """The Batch that `draws`, on the split's device, make of its images."""
+    images, labels = split.batch(draws.index)
+    if draws.colour is not None:
+        images = recoloured_and_moved(images, draws.colour, draws.transform)
+    if draws.place is not None:
+        images = imagenet_augment(images, split.black, draws.place, draws.jitter, draws.light)
+    if draws.other is None:
+        return Batch(images, labels)
+    images, pasted = cutmix(images, labels, draws.other, draws.rows, draws.columns)
+    return Batch(images, labels, pasted, draws.kept)

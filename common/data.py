@@ -1,4 +1,5 @@
 """Real data as splits in memory: known datasets, .npz files, class folders, torchvision's downloads."""
+import functools
 import hashlib
 import os
 from dataclasses import dataclass, replace
@@ -45,8 +46,19 @@ class Split:
         images, labels = self.images[index], self.labels[index]
         if images.dtype != torch.uint8:
             return images, labels
-        mean, std = (images.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
-        return images.float().sub_(mean * 255).div_(std * 255), labels
+        mean, std = self.scale
+        return images.float().sub_(mean).div_(std), labels
+
+    @functools.cached_property
+    def scale(self):
+        """Mean and standard deviation of the pixels as bytes, [C, 1, 1] each."""
+        return [255 * torch.tensor(v, device=self.labels.device).view(-1, 1, 1) for v in (self.mean, self.std)]
+
+    @functools.cached_property
+    def black(self):
+        """What a pixel of value 0 is when it is normalised, [C, 1, 1]."""
+        mean, std = (torch.tensor(v, device=self.labels.device) for v in (self.mean, self.std))
+        return -(mean / std).view(-1, 1, 1)
 
     def subset(self, index):
         return replace(self, images=self.images[index], labels=self.labels[index])

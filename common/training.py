@@ -1,4 +1,6 @@
 """SGD under a mask: one loop for pruning rounds, evaluations and endpoints, which goes on from any step."""
+import contextlib
+import copy
 import math
 import time
 from dataclasses import dataclass, field
@@ -7,8 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import curves, files, ranks
-from .augment import augmented
+from . import captured, curves, files, ranks
+from .augment import augmented, draw_batch, even
 from .bars import Bar
 from .errors import UserError
 from .interrupts import Stopped, deferred
@@ -34,12 +36,11 @@ class Recipe(NamedTuple):
     cutmix: float = .5
     flip: bool = True
     amp: bool = False  # train in bfloat16
-    compile: bool = False  # run the step through torch.compile
 
     @property
     def skips_zeros(self):
         """Whether the step has a form that skips pruned weights."""
-        return not (self.amp or self.compile)
+        return not self.amp
 
     def learning_rate(self, epoch):
         return self.lr * .2 ** ((epoch >= 2 * self.epochs // 3) + (epoch >= 5 * self.epochs // 6))
@@ -83,6 +84,8 @@ class Training:
 def train(model, split, recipe, generator, mask=None, until=None, training=None, progress=None):
     """Train `model` in place on `split` and return the Training; weights outside `mask` are and stay exactly 0.
 
+    A GPU replays the step as a CUDA graph (captured.py) and is waited for at the end of an epoch alone.
+
     `until`: the epoch of the recipe's schedule to stop after (the last one). `training`: where to go on from, with
     `model` and `generator` as they were then. Every random draw comes from `generator`, or repeats with it.
     `progress(training)` is called after every step and every epoch. Raises UserError on what is not finite.
@@ -91,19 +94,19 @@ def train(model, split, recipe, generator, mask=None, until=None, training=None,
     training = training or Training()
     training.momenta = training.momenta or [torch.zeros_like(p) for p in trainable(model).values()]
     progress = progress or (lambda training: None)
-    draws = blocks_of(model) is None  # a network of others may have dropout, or draw anything else
+    draws_itself = blocks_of(model) is None  # a network of others may have dropout, or draw anything else
     model.train()
-    step = make_step(model, mask, training.momenta, recipe, sample=split.batch(slice(0, 2)))
+    step = fastest_step(model, split, mask, training.momenta, recipe)
     with global_generators_kept():
         while training.epoch < (recipe.epochs if until is None else until):
             lr = recipe.learning_rate(training.epoch)
             if training.order is None:
                 training.order = torch.randperm(len(split), generator=generator)
-            for index in batches(training.order, recipe.batch_size)[training.step:]:
-                batch = augmented(split, index, recipe, generator)
-                if draws:
+            left = batches(training.order, recipe.batch_size)[training.step:]
+            for draws in epoch_of(left, lr, split, recipe, generator):
+                if draws_itself:
                     seed_from(generator)
-                loss, hits = step(batch, lr)
+                loss, hits = step(draws)
                 training.losses.append(loss)
                 training.hits += hits
                 training.step += 1
@@ -127,42 +130,72 @@ def batches(order, size):
     return parts
 
 
-def make_step(model, mask, momenta, recipe, sample):
-    """A function (Batch, learning rate) -> (loss, right answers) that makes one SGD step of `model` under `mask`.
+def epoch_of(left, lr, split, recipe, generator):
+    """Yield the Draws of the batches that are `left` of an epoch; `generator` stands where each of them left it.
 
-    `sample`: images and labels on which a faster view of the network is tried.
+    Where steps are captured they are Rows, gone up to the GPU together.
     """
+    drawn = (draw_batch(index, lr, split, recipe, generator) for index in left)
+    if not captured.can_capture(split.labels.device):
+        yield from drawn
+        return
+    ahead = [(even(draws, recipe, split), generator.get_state()) for draws in drawn]
+    rows = captured.rows_on(split.labels.device, [draws for draws, _ in ahead])
+    for row, (_, state) in zip(rows, ahead):
+        generator.set_state(state)
+        yield row
+
+
+def fastest_step(model, split, mask, momenta, recipe):
+    """make_step; where there are CUDA graphs, one that replays them."""
+    step = make_step(model, split, mask, momenta, recipe)
+    if not captured.can_capture(split.labels.device):
+        return step
+
+    def twin():
+        network = copy.deepcopy(model)
+        return network, make_step(network, split, mask, [torch.zeros_like(m) for m in momenta], recipe)
+
+    return captured.Captured(step, twin)
+
+
+def make_step(model, split, mask, momenta, recipe):
+    """A function (Draws of a batch) -> (loss, right answers) that makes one SGD step of `model` under `mask`."""
     names, params = zip(*trainable(model).items())
     masks = [(mask or {}).get(name) for name in names]
-    network = views.view(model, mask, recipe.skips_zeros, sample=sample)
+    network = views.view(model, mask, recipe.skips_zeros, sample=split.batch(slice(0, 2)))
+    zeros = params[0].new_zeros(max(p.numel() for p in params))
 
-    def step(batch, lr):
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=recipe.amp):
+    def step(draws):
+        batch = augmented(split, draws)
+        with torch.autocast(batch.images.device.type, torch.bfloat16) if recipe.amp else contextlib.nullcontext():
             logits = logits_of(network(batch.images))
-        n = len(batch.labels)
-        losses = [F.cross_entropy(logits.float(), y, reduction="sum") / n for y in (batch.labels, batch.pasted)]
-        loss = batch.kept * losses[0] + (1 - batch.kept) * losses[1]
-        grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-        ops.masked_sgd_(params, grads, momenta, masks, lr, recipe.momentum, recipe.weight_decay)
+        loss = loss_of(logits, batch)
+        grads = [zeros[:p.numel()].view(p.shape).to(p.dtype) if grad is None else grad  # a bias before a norm has none
+                 for p, grad in zip(params, torch.autograd.grad(loss, params, allow_unused=True))]
+        ops.masked_sgd_(params, grads, momenta, masks, draws.lr, recipe.momentum, recipe.weight_decay)
         answers = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
-        return loss.detach().clone(), (logits.argmax(1) == answers).sum()  # a CUDA graph writes to the same place
+        return loss.detach(), (logits.argmax(1) == answers).sum()
 
-    return compiled(step) if recipe.compile else step
+    return step
 
 
-def compiled(step):
-    """`step` through torch.compile."""
-    import torch._dynamo.config as dynamo
-
-    if hasattr(dynamo, "trace_autograd_ops"):  # in an older torch the graph ends at torch.autograd.grad
-        dynamo.trace_autograd_ops = True
-    return torch.compile(step, dynamic=False, mode="reduce-overhead")
+def loss_of(logits, batch):
+    """Mean cross-entropy of a Batch whose images have two labels each where CutMix pasted."""
+    n = len(batch.labels)
+    own = F.cross_entropy(logits.float(), batch.labels, reduction="sum") / n
+    if batch.pasted is None:
+        return own
+    pasted = F.cross_entropy(logits.float(), batch.pasted, reduction="sum") / n
+    return batch.kept * own + (1 - batch.kept) * pasted
 
 
 def check_finite(model, recipe, training):
     """Raises UserError when the last step made a parameter infinite or NaN, which no loss has shown."""
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+    names, parameters = zip(*model.named_parameters())
+    finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).tolist()
+    for name, is_finite in zip(names, finite):
+        if not is_finite:
             raise UserError(f"{name} became infinite or NaN in epoch {training.epoch - 1}; try a lower --lr than "
                             f"{recipe.lr}")
 
@@ -248,4 +281,5 @@ def unpack(saved, model, generator):
     generator.set_state(saved["generator"].cpu())
     values = saved["training"]
     losses = [] if values["losses"] is None else list(values["losses"].unbind())
-    return Training(**values | {"losses": losses})
+    order = values.get("order")
+    return Training(**values | {"losses": losses, "order": None if order is None else order.cpu()})

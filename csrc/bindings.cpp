@@ -22,7 +22,7 @@ PYBIND11_MODULE(lottery_csrc, m) {
 
 TORCH_LIBRARY(lottery, m) {
   m.def(
-      "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor?[] masks, float lr, "
+      "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor?[] masks, Tensor lr, "
       "float momentum, float dampening, float weight_decay, bool nesterov) -> ()");
   m.def("combine_(Tensor(a!) points, Tensor states, Tensor coefficients, Tensor? keep) -> ()");
   m.def("cross_entropy_top1(Tensor logits, Tensor labels) -> Tensor");

@@ -46,11 +46,15 @@ struct SgdTensor {
 };
 
 inline std::vector<SgdTensor> check_masked_sgd(at::TensorList params, at::TensorList grads, at::TensorList momenta,
-                                               at::ArrayRef<OptionalTensor> masks) {
+                                               at::ArrayRef<OptionalTensor> masks, const Tensor& lr) {
   const size_t count = params.size();
   TORCH_CHECK(grads.size() == count && momenta.size() == count && masks.size() == count,
               "masked_sgd_: lists of equal length wanted, got ", count, " params, ", grads.size(), " grads, ",
               momenta.size(), " momenta, ", masks.size(), " masks");
+  if (count)
+    TORCH_CHECK(lr.scalar_type() == at::kFloat && lr.numel() == 1 && lr.device() == params[0].device(),
+                "masked_sgd_: lr is one float32 number on ", params[0].device(), ", got ", lr.scalar_type(), " ",
+                lr.sizes(), " on ", lr.device());
   std::vector<SgdTensor> tensors;
   tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) {

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.augment import Draw, cutmix, draw_dsa, dsa, imagenet_augment
+from common.augment import Draw, cutmix, draw_cutmix, draw_dsa, draw_imagenet, dsa, imagenet_augment
+from common.data import Split
 from common.streams import random_stream
 
 
@@ -114,7 +115,8 @@ def test_cutmix_pastes_the_area_it_says():
     generator = random_stream(0)
     fractions = []
     for _ in range(200):
-        mixed, pasted, kept = cutmix(images, labels, generator)
+        *box, kept = draw_cutmix(generator, 6, 32)
+        mixed, pasted = cutmix(images, labels, *box)
         fractions.append(kept)
         own = (mixed == images).float().mean((1, 2, 3))
         foreign = pasted != labels
@@ -124,8 +126,14 @@ def test_cutmix_pastes_the_area_it_says():
     assert min(fractions) < .2 and max(fractions) > .95 and .5 < sum(fractions) / 200 < .75
 
 
+def as_imagenet(images, mean, std):
+    """Images under a draw of ImageNet's augmentation."""
+    split = Split(images, torch.zeros(len(images)), mean, std)
+    return imagenet_augment(images, split.black, *draw_imagenet(random_stream(0), len(images), 3))
+
+
 def test_imagenet_augmentation_keeps_a_constant_image_constant_in_space():
-    y = imagenet_augment(torch.ones(4, 3, 64, 64), random_stream(0), (.5, .5, .5), (.2, .2, .2))
+    y = as_imagenet(torch.ones(4, 3, 64, 64), (.5, .5, .5), (.2, .2, .2))
     assert y.flatten(2).std(2).max() < 1e-5 and y.flatten(1).std(1).max() < .2
 
 
@@ -133,6 +141,6 @@ def test_imagenet_brightness_scales_values_in_0_to_1():
     """A black image stays black: its raw value is 0, whatever the factor; lighting alone shifts it."""
     mean, std = (.485, .456, .406), (.229, .224, .225)
     black = -(torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).expand(64, 3, 8, 8)
-    y = imagenet_augment(black, random_stream(0), mean, std)
+    y = as_imagenet(black, mean, std)
     assert abs((y - y.mean(1, keepdim=True)).mean(0) - (black[0] - black[0].mean(0))).max() < .5
     assert abs(y.mean() - black.mean()) < .02

@@ -20,6 +20,7 @@ INSTANCES = """
 #include "bias_relu.cuh"
 #include "combine.cuh"
 #include "cross_entropy_top1.cuh"
+#include "dsa.cuh"
 #include "masked_sgd.cuh"
 #include "norm_relu_pool.cuh"
 namespace lottery {
@@ -31,12 +32,14 @@ namespace lottery {
   template __global__ void bias_relu_kernel<T, A, unsigned>(T*, const T*, const T*, unsigned, unsigned, unsigned);
 #define INSTANTIATE_FLOAT(T) \\
   INSTANTIATE(T, float) \\
-  template __global__ void masked_sgd_kernel<T>(const __grid_constant__ SgdTensors<T>, const SgdStep); \\
+  template __global__ void masked_sgd_kernel<T>(const __grid_constant__ SgdTensors<T>, SgdStep, const float*); \\
   template __global__ void cross_entropy_top1_kernel<T>(const T*, const long long*, long long, int, double*);
 INSTANTIATE(double, double)
 INSTANTIATE_FLOAT(float)
 INSTANTIATE_FLOAT(__half)
 INSTANTIATE_FLOAT(__nv_bfloat16)
+template __global__ void dsa_kernel<3>(const float*, const DsaColour*, const DsaTransform*, float*, int, int);
+template __global__ void dsa_kernel<4>(const float*, const DsaColour*, const DsaTransform*, float*, int, int);
 template __global__ void combine_kernel<0>(float*, const float*, const float*, const unsigned char*, long long, int,
                                            int, int);
 template __global__ void combine_kernel<2>(float*, const float*, const float*, const unsigned char*, long long, int,

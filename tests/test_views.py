@@ -122,6 +122,22 @@ def test_a_sequence_of_known_layers_is_fused_and_a_layer_that_is_there_twice_sta
     assert same(model, *batch(0))
 
 
+def test_batches_counted_together_are_counted_as_by_each_norm():
+    torch.manual_seed(0)
+    model = ResNet((1, 1, 1, 1), 3, 8, 5, 4).double().train()
+    model.stage2_1.norm1.eval()
+    twin, (images, _) = copy.deepcopy(model), batch(0)
+    fused = dense.Fused(twin)
+    layers = [layer for layer in fused.network.modules() if isinstance(layer, dense.FoldedConv)]
+    fused.counted = [layer.norm for layer in layers]  # as on a GPU
+    for layer in layers:
+        layer.counts = False
+    for _ in range(2):
+        model(images), fused(images)
+    for one, other in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_own_networks_that_somebody_changed_are_taken_as_they_are_now():
     def resnet():
         return ResNet((1, 1, 1, 1), 3, 8, 5, 4)

@@ -1,5 +1,6 @@
 """Views of a network in which runs of layers are one op; the network's weights and its function stay the same."""
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..networks import BasicBlock, ConvNet3, ResNet
@@ -47,6 +48,7 @@ class Fused(nn.Module):
         self.model, self.copies = [model], []  # in lists: not submodules
         self.network = self.view(model)
         self.readied = [layer for layer in self.network.modules() if hasattr(layer, "ready")]
+        self.counted = norms_counted_together(self.network)
 
     def view(self, module):
         """`module`, or a twin of it in which the runs of layers that have a fused op are one layer."""
@@ -76,7 +78,11 @@ class Fused(nn.Module):
             twin.training = module.training
         if x.device.type == "cpu" and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.network(x)
+        y = self.network(x)
+        counts = [norm.num_batches_tracked for norm in self.counted if norm.training]
+        if counts:
+            torch._foreach_add_(counts, 1)
+        return y
 
     def ready(self):
         """Work that depends on the parameters alone, before evaluation."""
@@ -201,11 +207,29 @@ def has_batch_norm_op(norm, x):
             and x.dtype == norm.weight.dtype == torch.float32)
 
 
+def batch_norm(norm, x):
+    """norm(x) in training, without counting the batch."""
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+
+
 def batch_norm_relu(norm, x, residual, relu):
     """relu(norm(x) + residual) of a BatchNorm2d in training, whose running statistics it updates."""
     y, mean, variance = torch.ops.lottery.batch_norm_relu(x, norm.weight, norm.bias, residual, relu, norm.eps)
     ops.update_running_statistics(norm, mean, variance, x.numel() // x.shape[1])
     return y
+
+
+def norms_counted_together(network):
+    """The BatchNorms of FoldedConvs on a GPU, whose batches are counted in one launch and not by their layers.
+
+    Not those that are there twice, nor those that average over all batches and need the count.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, FoldedConv)]
+    norms = [layer.norm for layer in layers]
+    for layer in layers:
+        on_cpu = layer.norm.num_batches_tracked.device.type == "cpu"
+        layer.counts = on_cpu or layer.norm.momentum is None or norms.count(layer.norm) > 1
+    return [layer.norm for layer in layers if not layer.counts]
 
 
 class FoldedConv(nn.Module):
@@ -218,7 +242,7 @@ class FoldedConv(nn.Module):
 
     def __init__(self, conv, norm, relu=None):
         super().__init__()
-        self.conv, self.norm, self.relu = conv, norm, relu
+        self.conv, self.norm, self.relu, self.counts = conv, norm, relu, True
 
     def ready(self):
         """Fold the norm into the convolution's weight and bias."""
@@ -240,7 +264,8 @@ class FoldedConv(nn.Module):
             y = convolve(conv, x, conv.weight, conv.bias)
             if norm.training and has_batch_norm_op(norm, y):
                 return batch_norm_relu(norm, y, shortcut, self.relu is not None)
-            y = norm(y) if shortcut is None else norm(y) + shortcut
+            y = norm(y) if self.counts or not norm.training else batch_norm(norm, y)
+            y = y if shortcut is None else y + shortcut
             return y if self.relu is None else self.relu(y)
         if self.relu is None:
             return conv._conv_forward(x, self.weight, self.bias)

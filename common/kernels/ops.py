@@ -1,6 +1,6 @@
 """The ops of csrc/: each beside the PyTorch function that is its reference, fallback and documentation.
 
-<op>_reference says what an op computes, <op>_fake the shapes it returns (for torch.compile), <op>_save and
+<op>_reference says what an op computes, <op>_fake the shapes it returns (for meta tensors), <op>_save and
 <op>_gradient how autograd goes through it. `load` chooses between compiled ops and plain PyTorch, once.
 """
 import functools
@@ -19,11 +19,27 @@ def load():
     for name, fake in FAKES.items():
         torch.library.register_fake(f"lottery::{name}", fake)
     for name, (save, gradient) in GRADIENTS.items():
-        torch.library.register_autograd(f"lottery::{name}", gradient, setup_context=save)
+        torch.library.register_autograd(f"lottery::{name}", if_any(gradient), setup_context=without_zeros(save))
     return True
 
 
-@torch.compiler.assume_constant_result
+def without_zeros(save):
+    """`save`, telling autograd to make no zeros as gradients of the statistics, which nobody differentiates."""
+    def saved(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        save(ctx, inputs, output)
+
+    return saved
+
+
+def if_any(gradient):
+    """`gradient`, none where none comes for the result."""
+    def through(ctx, grad, *others):
+        return (None,) * len(ctx.needs_input_grad) if grad is None else gradient(ctx, grad, *others)
+
+    return through
+
+
 def runs_on(device_type):
     """Whether compiled ops are there for "cpu" or "cuda"."""
     return load() and build.has_kernels(device_type)
@@ -43,14 +59,17 @@ def layout(x):
 def masked_sgd_reference(params, grads, momenta, masks, lr, momentum=0., weight_decay=0., dampening=0., nesterov=False):
     """One SGD step in place, equal to torch.optim.SGD followed by multiplying with the masks.
 
-    Lists of tensors of equal length; a mask is a bool tensor or None. A pruned weight and its momentum are
-    exactly 0 afterwards. (torch dampens from the second step on: pass dampening=0 in the first.)
+    Lists of tensors of equal length; a mask is a bool tensor or None; `lr` a number, or a float32 tensor of one
+    on the params' device. A pruned weight and its momentum are exactly 0 afterwards. (torch dampens from the second step on: pass dampening=0 in the first.)
     """
     grads = torch._foreach_add(grads, params, alpha=weight_decay)
     torch._foreach_mul_(momenta, momentum)
     torch._foreach_add_(momenta, grads, alpha=1 - dampening)
     steps = torch._foreach_add(grads, momenta, alpha=momentum) if nesterov else momenta
-    torch._foreach_add_(params, steps, alpha=-lr)
+    if torch.is_tensor(lr):  # whose value nobody waits for
+        torch._foreach_sub_(params, torch._foreach_mul(steps, lr))
+    else:
+        torch._foreach_add_(params, steps, alpha=-lr)
     for param, velocity, mask in zip(params, momenta, masks):
         if mask is not None:
             param.mul_(mask)
@@ -60,7 +79,9 @@ def masked_sgd_reference(params, grads, momenta, masks, lr, momentum=0., weight_
 def masked_sgd_(params, grads, momenta, masks, lr, momentum=0., weight_decay=0., dampening=0., nesterov=False):
     """masked_sgd_reference in one pass over memory; parameters also bfloat16 or float16, momenta float32."""
     if not runs_on(params[0].device.type):
+        lr = float(lr) if params[0].device.type == "cpu" else lr
         return masked_sgd_reference(params, grads, momenta, masks, lr, momentum, weight_decay, dampening, nesterov)
+    lr = torch.as_tensor(lr, dtype=torch.float32, device=params[0].device)
     torch.ops.lottery.masked_sgd_(params, grads, momenta, masks, lr, momentum, dampening, weight_decay, nesterov)
 
 
@@ -275,11 +296,51 @@ def bias_relu_reference(x, bias, shortcut=None):
     return F.relu(x + bias[:, None, None] + (0 if shortcut is None else shortcut))
 
 
+#############################################
+#                Augmentation               #
+#############################################
+
+
+def recolour(images, colour):
+    """Brightness, then saturation about each pixel's grey, then contrast about each image's mean, as one sum.
+
+    images [N, C, H, W], colour [N or 1, 3].
+    """
+    brightness, saturation, contrast = (part.view(-1, 1, 1, 1) for part in colour.unbind(1))
+    if images.shape[1] == 1:
+        saturation = torch.ones_like(saturation)
+    grey = images.mean(1, keepdim=True)
+    mean = grey.mean((2, 3), keepdim=True)  # saturation does not change it
+    rest = contrast * (1 - saturation) * grey + ((1 - contrast) * mean + brightness)
+    return torch.addcmul(rest, images, contrast * saturation)
+
+
+def dsa_reference(images, colour, transform):
+    """`recolour`, then pixel (row i, column j) of every image [C, H, W] is read bilinearly at column a j + b i + c and row
+    d j + e i + f; what lies outside is 0. colour [N, 3], transform [N, 6] = a ... f.
+
+    Op: dsa(images, colour, transform), float32, at most 4 channels, without gradient.
+    """
+    height, width = images.shape[2:]
+    rows, columns = torch.arange(height, device=images.device)[:, None], torch.arange(width, device=images.device)
+    a, b, c, d, e, f = (part.view(-1, 1, 1) for part in transform.unbind(1))
+    x, y = a * columns + b * rows + c, d * columns + e * rows + f
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], 3)
+    return F.grid_sample(recolour(images, colour), grid.to(images.dtype), align_corners=False)
+
+
 def dsa_fake(images, colour, transform):
-    return torch.empty_like(images, memory_format=torch.channels_last)
+    return torch.empty_like(images, memory_format=layout(images))
+
+
+def nothing_fake(*_):
+    """Of an op that returns nothing: it changes tensors in place."""
 
 
 FAKES = {
+    "masked_sgd_": nothing_fake,
+    "combine_": nothing_fake,
+    "bias_relu_": nothing_fake,
     "dsa": dsa_fake,
     "cross_entropy_top1": cross_entropy_top1_fake,
     "norm_relu_pool": norm_relu_pool_fake,

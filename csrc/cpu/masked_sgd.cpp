@@ -31,10 +31,10 @@ CLONES void update(T* __restrict p, const T* __restrict g, float* __restrict m, 
 }  // namespace
 
 void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momenta,
-                 at::ArrayRef<OptionalTensor> masks, double lr, double momentum, double dampening, double weight_decay,
-                 bool nesterov) {
-  const auto tensors = check_masked_sgd(params, grads, momenta, masks);
-  const SgdStep step{float(lr), float(momentum), float(dampening), float(weight_decay), nesterov};
+                 at::ArrayRef<OptionalTensor> masks, const Tensor& lr, double momentum, double dampening,
+                 double weight_decay, bool nesterov) {
+  const auto tensors = check_masked_sgd(params, grads, momenta, masks, lr);
+  const SgdStep step{lr.item<float>(), float(momentum), float(dampening), float(weight_decay), nesterov};
   std::vector<int64_t> first_chunk{0};
   for (const auto& t : tensors) first_chunk.push_back(first_chunk.back() + ceil_div(t.param.numel(), kChunk));
   at::parallel_for(0, first_chunk.back(), 8, [&](int64_t begin, int64_t end) {

@@ -8,8 +8,8 @@
 namespace lottery {
 
 void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momenta,
-                 at::ArrayRef<OptionalTensor> masks, double lr, double momentum, double dampening, double weight_decay,
-                 bool nesterov);
+                 at::ArrayRef<OptionalTensor> masks, const Tensor& lr, double momentum, double dampening,
+                 double weight_decay, bool nesterov);
 void combine_(Tensor points, const Tensor& states, const Tensor& coefficients, const OptionalTensor& keep);
 Tensor cross_entropy_top1(const Tensor& logits, const Tensor& labels);
 std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(const Tensor& x, const Tensor& weight, const Tensor& bias,

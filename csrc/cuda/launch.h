@@ -9,6 +9,8 @@
 
 namespace lottery {
 
+constexpr int64_t kBlocksX = 0x7fffffff;  // blocks that a grid's x takes
+
 inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 // Blocks for `work` items at `per_block`, no more than fill a GPU several times over: the kernels stride.

@@ -7,13 +7,14 @@ namespace {
 
 // One launch for up to kSgdTensors tensors of one type, another when there are more.
 template <class T>
-void launch(const std::vector<SgdTensor>& tensors, at::ScalarType type, const SgdStep& step) {
+void launch(const std::vector<SgdTensor>& tensors, at::ScalarType type, const SgdStep& step, const Tensor& lr) {
   SgdTensors<T> batch;
   batch.count = 0;
   batch.first_block[0] = 0;
   const auto flush = [&] {
     if (batch.count == 0) return;
-    LAUNCH(masked_sgd_kernel<T>, batch.first_block[batch.count], kSgdThreads, 0, current_stream(), batch, step);
+    LAUNCH(masked_sgd_kernel<T>, batch.first_block[batch.count], kSgdThreads, 0, current_stream(), batch, step,
+           lr.const_data_ptr<float>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     batch.count = 0;
   };
@@ -32,15 +33,15 @@ void launch(const std::vector<SgdTensor>& tensors, at::ScalarType type, const Sg
 }
 
 void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momenta,
-                 at::ArrayRef<OptionalTensor> masks, double lr, double momentum, double dampening, double weight_decay,
-                 bool nesterov) {
-  const auto tensors = check_masked_sgd(params, grads, momenta, masks);
+                 at::ArrayRef<OptionalTensor> masks, const Tensor& lr, double momentum, double dampening,
+                 double weight_decay, bool nesterov) {
+  const auto tensors = check_masked_sgd(params, grads, momenta, masks, lr);
   if (tensors.empty()) return;
   const c10::cuda::CUDAGuard guard(params[0].device());
-  const SgdStep step{float(lr), float(momentum), float(dampening), float(weight_decay), nesterov};
-  launch<float>(tensors, at::kFloat, step);
-  launch<at::Half>(tensors, at::kHalf, step);
-  launch<at::BFloat16>(tensors, at::kBFloat16, step);
+  const SgdStep step{0, float(momentum), float(dampening), float(weight_decay), nesterov};
+  launch<float>(tensors, at::kFloat, step, lr);
+  launch<at::Half>(tensors, at::kHalf, step, lr);
+  launch<at::BFloat16>(tensors, at::kBFloat16, step, lr);
   copy_back(tensors);
 }
 

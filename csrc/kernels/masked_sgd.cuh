@@ -19,9 +19,11 @@ struct SgdTensors {  // kernel arguments are at most 4 KB
   int count;
 };
 
+// `lr` lies on the device, so that a captured step can be replayed with another; step.lr is not read.
 template <class T>
 __global__ void __launch_bounds__(kSgdThreads)
-    masked_sgd_kernel(const __grid_constant__ SgdTensors<T> tensors, const SgdStep step) {
+    masked_sgd_kernel(const __grid_constant__ SgdTensors<T> tensors, SgdStep step, const float* lr) {
+  step.lr = *lr;
   int low = 0, high = tensors.count;  // the tensor of this block: first_block[low] <= block < first_block[high]
   while (high - low > 1) {
     const int middle = (low + high) / 2;

@@ -7,6 +7,7 @@
 #include "../../csrc/kernels/bias_relu.cuh"
 #include "../../csrc/kernels/combine.cuh"
 #include "../../csrc/kernels/cross_entropy_top1.cuh"
+#include "../../csrc/kernels/dsa.cuh"
 #include "../../csrc/kernels/masked_sgd.cuh"
 #include "../../csrc/kernels/norm_relu_pool.cuh"
 
@@ -151,7 +152,7 @@ void test_masked_sgd(const SgdStep& step) {
     batch.size[i] = n;
     batch.first_block[i + 1] = batch.first_block[i] + (n + kSgdBlock - 1) / kSgdBlock;
   }
-  LAUNCH(masked_sgd_kernel<T>, batch.first_block[batch.count], kSgdThreads, 0, 0, batch, step);
+  LAUNCH(masked_sgd_kernel<T>, batch.first_block[batch.count], kSgdThreads, 0, 0, batch, step, &step.lr);
   double error = 0;
   for (int i = 0; i < batch.count; ++i)
     for (int j = 0; j < sizes[i]; ++j) {
@@ -179,7 +180,7 @@ void test_masked_sgd_of_a_huge_tensor() {
     batch.count = 1;
     batch.first_block[1] = (size + kSgdBlock - 1) / kSgdBlock;
     const simt::Part part(dim3(begin / kSgdBlock, 0), begin ? 2 : 1);
-    LAUNCH(masked_sgd_kernel<Half>, batch.first_block[1], kSgdThreads, 0, 0, batch, step);
+    LAUNCH(masked_sgd_kernel<Half>, batch.first_block[1], kSgdThreads, 0, 0, batch, step, &step.lr);
     double error = 0;
     for (size_t i = begin; i < (begin ? end : kSgdBlock); ++i) {
       keep_largest(error, params[i], want[i - begin].p);
@@ -345,6 +346,44 @@ void test_bias_relu(int channels, int inner, bool channels_last, bool with_short
   check(std::string("bias_relu ") + name_of<T> + " " + off, error, tolerance<T>);
 }
 
+// The last of `images` images, recoloured and moved.
+template <int channels>
+void test_dsa(int height, int width, DsaTransform t, size_t images = 2) {
+  const int plane = height * width, size = channels * plane;
+  const size_t last = images - 1;
+  Tensor<float> x(images * size), y(images * size);
+  x.fill(last * size, images * size);
+  const DsaColour by{float(uniform()), float(uniform()) + 1, float(uniform()) / 2 + 1};
+  std::vector<DsaColour> colours(images, {0, 1, 1});
+  std::vector<DsaTransform> transforms(images, {1, 0, 0, 0, 1, 0});
+  colours[last] = by, transforms[last] = t;
+  const simt::Part part(dim3(last, 0), dim3(1));
+  LAUNCH(dsa_kernel<channels>, images, kDsaThreads, 0, 0, (const float*)x.data, (const DsaColour*)colours.data(),
+         (const DsaTransform*)transforms.data(), y.data, height, width);
+  double mean = 0, error = 0;
+  for (int i = 0; i < size; ++i) mean += x[last * size + i] / size;
+  const double saturation = channels == 1 ? 1 : by.saturation;
+  const auto at = [&](int row, int column, int c) {
+    if (row < 0 || row >= height || column < 0 || column >= width) return 0.;
+    double grey = 0;
+    for (int k = 0; k < channels; ++k) grey += x[last * size + k * plane + row * width + column] / channels;
+    const double value = x[last * size + c * plane + row * width + column] + by.brightness;
+    const double saturated = (value - grey - by.brightness) * saturation + grey + by.brightness;
+    return (saturated - mean - by.brightness) * by.contrast + mean + by.brightness;
+  };
+  for (int i = 0; i < plane; ++i) {
+    const double row = i / width, column = i % width;
+    const double u = t.a * column + t.b * row + t.c, v = t.d * column + t.e * row + t.f;
+    const int left = int(floor(u)), top = int(floor(v));
+    const double right = u - left, below = v - top;
+    for (int c = 0; c < channels; ++c)
+      keep_largest(error, y[last * size + c * plane + i],
+                   (1 - below) * ((1 - right) * at(top, left, c) + right * at(top, left + 1, c)) +
+                       below * ((1 - right) * at(top + 1, left, c) + right * at(top + 1, left + 1, c)));
+  }
+  check("dsa of " + std::to_string(channels) + " channels", error, 2e-5);
+}
+
 template <class T, class A = float>
 void test_all_of() {
   for (const char* off : {"", "x", "pooled", "grad", "dx"}) test_norm_relu_pool<T, A, 32>(8, 16, off);
@@ -373,6 +412,7 @@ void test_huge_tensors() {
   test_cross_entropy_top1<Half>(3121, 65535);  // more than 2^32 logits
   test_norm_relu_pool<Half, float, 32>(16, 32, "", (1 << 24) + 17);  // more than 2^31 cells
   test_norm_relu_pool<Half, float, kNormThreads>(16, 32, "", (1 << 24) + 17);
+  test_dsa<4>(64, 64, {1, 0, .5f, 0, 1, .5f}, (1 << 17) + 2);
   test_bias_relu<Half, float, long long>(2, 1024, false, true, "", (1 << 20) + 1, 2048);
   test_bias_relu<Half, float, long long>(2, 1023, false, true, "", (1 << 20) + 2000, 2046);
   check("the largest plane", double(kLargestPlane) + kNormThreads * kPack<Half> <= INT_MAX ? 0 : 1, 0);
@@ -397,6 +437,10 @@ int main(int, char** arguments) {
     test_combine<3>(3, 401, true);
     test_combine<4>(4, 404, false);
     test_combine<0>(5, 404, true);
+    test_dsa<1>(9, 12, {1, 0, 3, 0, 1, -2});
+    test_dsa<2>(8, 8, {-1, 0, 7, 0, 1, 0});
+    test_dsa<3>(19, 17, {.97f, -.26f, 2.3f, .26f, .97f, -1.9f});
+    test_dsa<4>(9, 12, {1.7f, .3f, -40.f, -.2f, 1.3f, 100.f});
   }
   test_huge_tensors();
   printf("%d failures\n", failures);

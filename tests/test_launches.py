@@ -1,0 +1,77 @@
+"""How many kernels a GPU would be asked for, counted on meta tensors, which have shapes and layouts but no values."""
+import collections
+
+import pytest
+import torch
+from samples import config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common.augment import Draws, draw_batch, even
+from common.data import Split
+from common.kernels import ops
+from common.masks import dense_mask
+from common.networks import build_network
+from common.streams import random_stream
+from common.training import Recipe, make_step
+
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias",
+             "lift_fresh", "detach"}
+SEVERAL = {
+    "convolution": lambda args: 1 + (args[2] is not None),  # the bias
+    "convolution_backward": lambda args: sum(args[-1]),
+    "nll_loss_backward": lambda args: 2,  # zeros, then the hits
+    "norm_relu_pool_backward": lambda args: 2,  # the sum over images
+    "cross_entropy_top1": lambda args: 2,
+    "masked_sgd_": lambda args: -(-len(args[0]) // 88),
+}
+COPIES = ("clone", "copy_", "_to_copy")
+
+pytestmark = pytest.mark.skipif(not ops.load(), reason="needs the extension")
+
+
+class Launches(TorchDispatchMode):
+    """Counts kernels by the name of their op, and tensors that come from the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.uploads = collections.Counter(), 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        name = op.overloadpacket.__name__
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
+        if not is_view and name not in NO_KERNEL:
+            self.counts[name] += SEVERAL.get(name, lambda args: 1)(args)
+        if name in COPIES and args[0].device.type == "cpu" and result.device.type == "meta":
+            self.uploads += 1
+        return result
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """The ops take meta tensors as they would take those of a GPU."""
+    monkeypatch.setattr(ops, "runs_on", lambda device_type: True)
+
+
+def step_of(model, uint8=False, cutmix=.5, **changes):
+    """(a training step, the Draws of a batch of 64) of a network on meta."""
+    network = build_network(config(model, **changes)).to("meta").train()
+    images = torch.empty(400, 3, 32, 32, device="meta", dtype=torch.uint8 if uint8 else torch.float32)
+    split = Split(images, torch.empty(400, dtype=torch.long, device="meta"), (.4, .5, .6), (.2, .3, .25))
+    recipe = Recipe(1, cutmix=cutmix)
+    mask = {name: kept.to("meta") for name, kept in dense_mask(network).items()}
+    momenta = [torch.zeros_like(p) for p in network.parameters()]
+    draws = even(draw_batch(torch.arange(64), .01, split, recipe, random_stream(0)), recipe, split)
+    draws = Draws(*(None if part is None else part.to("meta") for part in draws))
+    return make_step(network, split, mask, momenta, recipe), draws
+
+
+@pytest.mark.parametrize("model, changes, most", [
+    ("convnet3", dict(width=128), 60), ("convnet3", dict(width=128, uint8=True), 64),
+    ("convnet3", dict(width=128, cutmix=0.), 45), ("resnet18", {}, 190)])
+def test_a_training_step_asks_for_few_kernels(on_meta, model, changes, most):
+    step, draws = step_of(model, **changes)
+    with Launches() as launches:
+        step(draws)
+    assert sum(launches.counts.values()) <= most, launches.counts
+    assert not launches.uploads
