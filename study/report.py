@@ -244,6 +244,8 @@ def draw_bars(axes, rows, measure, title, axis="search"):
     axes.set_xticks(range(len(names)), ticks, rotation=35, ha="right", fontsize=8)
     axes.set_ylabel(title)
     axes.grid(alpha=.3, axis="y")
+    if measure == "test_error_barrier":
+        axes.axhline(2, color="grey", lw=.8, ls="--", label="stable below")
     for place, number in enumerate(rounds):
         sparsity = next(float(row["sparsity"]) for row in rows if int(row["round"]) == number)
         axes.plot([], [], "os^v"[place], color="grey", label=f"{sparsity:.0f}% sparse")
