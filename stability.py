@@ -402,7 +402,7 @@ def parse(argv=None):
     flag("--from-epoch", type=cli.at_least(0), default=0, metavar="K", help="orders share K first epochs (0)")
     flag("--bn", choices=("lerp", "recompute"), default="lerp",
          help="BatchNorm statistics: interpolated (as the paper), or of 2,000 training images (lerp)")
-    flag("--align", action="store_true", help="relabel units to match first, of any network that torch.fx traces (Ainsworth et al. 2023)")
+    flag("--align", action="store_true", help="relabel units to match first (Ainsworth et al. 2023)")
     flag("--eval-images", type=cli.at_least(2), metavar="N", help="random N of each split (all)")
     flag = parser.add_argument_group("output").add_argument
     flag("--out", type=cli.folder, default=Path("runs/stability"), help="folder of results (runs/stability)")

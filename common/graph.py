@@ -384,7 +384,8 @@ def is_batch_size(size):
 
 
 FUNCTIONS = {
-    operator.add: add, operator.iadd: add, torch.add: add, torch.cat: cat, torch.concat: cat, F.gelu: gelu, F.silu: silu,
+    operator.add: add, operator.iadd: add, torch.add: add, torch.cat: cat, torch.concat: cat,
+    F.gelu: gelu, F.silu: silu,
     F.relu: relu, F.relu_: relu, torch.relu: relu, torch.relu_: relu, F.relu6: relu6, F.leaky_relu: leaky_relu,
     F.dropout: dropout, F.dropout2d: dropout,
     F.max_pool2d: max_pool2d, torch.max_pool2d: max_pool2d, F.avg_pool2d: avg_pool2d,

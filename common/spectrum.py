@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import ranks
 from .bars import along
@@ -34,7 +35,8 @@ class Hessian:
         self.parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}  # frozen ones too
         self.sizes = [p.numel() for p in self.parameters.values()]
         self.n, self.own = len(labels), own_images()
-        self.logits = functional_call(model, self.parameters, (images[self.own],))
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            self.logits = functional_call(model, self.parameters, (images[self.own],))
         loss = F.cross_entropy(self.logits, labels[self.own], reduction="sum") / self.n
         self.gradients = self.grad(loss, create_graph=True)
         kept = [mask.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in self.parameters.items()]

@@ -102,3 +102,35 @@ def test_the_error_of_several_batches_is_over_batches():
     density, error = spectrum.Spectrum(values, torch.ones(2, 2, 1), 5).density(torch.zeros(1), .1)
     peak = 1 / (.1 * (2 * torch.pi) ** .5)
     assert float(density) == pytest.approx(peak / 2) and float(error) == pytest.approx(peak / 2)
+
+
+class Attention(nn.Module):
+    """Attention as a layer and as a function, whose fast kernels have no second derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).mT
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(nn.functional.scaled_dot_product_attention(x, x, x).mean(1))
+
+
+def test_products_through_attention_against_differences_of_gradients():
+    torch.manual_seed(0)
+    model = Attention().double().eval()
+    images, labels = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4) % 3
+    parameters = list(model.parameters())
+    product = spectrum.Hessian(model, images, labels)
+    v = torch.randn(len(product.kept), dtype=torch.float64)
+    parts = [part.view_as(p) for part, p in zip(v.split(product.sizes), parameters)]
+
+    found, ends = product.product(v), []
+    for step in (-1e-5, 2e-5):
+        with torch.no_grad():
+            torch._foreach_add_(parameters, parts, alpha=step)
+        loss = nn.functional.cross_entropy(model(images), labels)
+        ends.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    assert torch.allclose(found, (ends[1] - ends[0]) / 2e-5, atol=1e-6 * float(found.abs().max()))

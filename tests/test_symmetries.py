@@ -1,4 +1,4 @@
-"""common/symmetries.py: relabelled networks compute the same function in float64, and matching finds the labels again."""
+"""common/symmetries.py: relabelled networks are the same function in float64, and matching finds the labels again."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,14 @@ def conv(i, o, **options):
 
 def mlp():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 12), nn.GELU(), nn.Dropout(.3), nn.Linear(12, 9),
-                         nn.BatchNorm1d(9), nn.LeakyReLU(.1), nn.Linear(9, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 4))
+                         nn.BatchNorm1d(9), nn.LeakyReLU(.1), nn.Linear(9, 7), nn.LayerNorm(7), nn.Tanh(),
+                         nn.Linear(7, 4))
 
 
 def flattened():
     return nn.Sequential(conv(3, 6), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(2), conv(6, 5), nn.InstanceNorm2d(5),
-                         nn.MaxPool2d(2), nn.Flatten(), nn.BatchNorm1d(20), nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 4))
+                         nn.MaxPool2d(2), nn.Flatten(), nn.BatchNorm1d(20), nn.Linear(20, 8), nn.ReLU(),
+                         nn.Linear(8, 4))
 
 
 def residual():
@@ -117,7 +119,7 @@ def test_all_units_are_found(make, sizes):
 
 
 def groups_of_the_papers_networks(model):
-    """Lists of (tensor name, axis), from how convnet3 and the ResNets are built, in the order that matching draws from."""
+    """Lists of (tensor name, axis), as convnet3 and the ResNets are built, in the order that matching draws from."""
     state = model.state_dict()
 
     def made_by(layer):
