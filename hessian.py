@@ -2,6 +2,7 @@
 
     python hessian.py --mask masks/r4.pt masks/r10.pt masks_real/r4.pt masks_real/r10.pt masks/r0.pt      the table
     python hessian.py --mask masks/r4.pt --method estimate       from random probes, with error bars: any network
+    python hessian.py --mask masks/r4.pt --spectrum              and the density of eigenvalues
     python hessian.py --dataset digits                           offline demonstration
 
 Train a ticket on real data (or take stability.py's endpoint), draw one batch of training images, and get the second
@@ -40,7 +41,9 @@ from common.endpoints import check_apart, endpoint, real_recipe, result_names, t
 from common.errors import UserError
 from common.evaluation import mean_and_std
 from common.masks import apply_mask
+from common.figures import legend_of, style_of
 from common.networks import build_network
+from common.spectrum import Hessian, Spectrum, check_eval_mode, check_finite, own_images
 from common.streams import random_stream
 
 FIGURES = ("min", "max", "mean", "std", "mean_abs", "trace", "top_eigenvalue", "gauss_newton_share")
@@ -426,103 +429,9 @@ def operations(model, images):
     return nodes
 
 
-def check_eval_mode(model):
-    """Refuse dropout, and norms with the statistics of a batch, which couple its samples. Raises UserError."""
-    for name, module in model.named_modules():
-        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if module.training and (batch_norm or isinstance(module, nn.modules.dropout._DropoutNd)):
-            raise UserError(f"{type(module).__name__} {name} is in train mode; call eval()")
-        if batch_norm and module.running_mean is None:
-            raise UserError(f"{type(module).__name__} {name} has no running statistics; a batch's couple its samples")
-
-
 #############################################
-#     Any network: products and probes      #
+#             Figures and errors            #
 #############################################
-
-
-class Hessian:
-    """Products with the Hessian of the mean loss over all parameters, laid end to end; rows of pruned weights are 0.
-
-    They are sums over the images, of which each rank has its part.
-    """
-
-    def __init__(self, model, images, labels, mask):
-        check_eval_mode(model)
-        self.parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}  # frozen ones too
-        self.sizes = [p.numel() for p in self.parameters.values()]
-        self.n, self.own = len(labels), own_images()
-        self.logits = functional_call(model, self.parameters, (images[self.own],))
-        loss = F.cross_entropy(self.logits, labels[self.own], reduction="sum") / self.n
-        self.gradients = self.grad(loss, create_graph=True)
-        kept = [mask.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in self.parameters.items()]
-        self.kept = flat(kept)
-        self.prunable = flat([torch.full_like(part, name in mask) for name, part in zip(self.parameters, kept)])
-        self.chosen = (self.kept & self.prunable).nonzero().flatten()  # the surviving prunable weights
-
-    def grad(self, *outputs, **options):
-        return torch.autograd.grad(*outputs, list(self.parameters.values()), allow_unused=True,
-                                   materialize_grads=True, **options)
-
-    def product(self, v):
-        product = ranks.sum_over_ranks_(self.own_product(v))
-        parts = zip(self.parameters.items(), product.split(self.sizes))
-        check_finite("a product with the Hessian", {name: part.view_as(p) for (name, p), part in parts})
-        return product
-
-    def own_product(self, v):
-        parts = (v * self.kept).split(self.sizes)
-        inner = sum((g * part.view_as(g)).sum() for g, part in zip(self.gradients, parts))
-        return flat(self.grad(inner, retain_graph=True)) * self.kept
-
-    def entry(self, i):
-        """One diagonal entry of this rank's images, by one product: the way of the paper's code."""
-        v = torch.zeros_like(self.kept, dtype=self.logits.dtype)
-        v[i] = 1
-        return self.own_product(v)[i]
-
-    def signs(self, generator, shape=None):
-        return torch.randint(2, shape or self.kept.shape, generator=generator).to(self.logits).mul_(2).sub_(1)
-
-    def probe(self, generator):
-        """v * Hv for random signs v, the diagonal plus noise (Hutchinson), and the Gauss-Newton trace plus noise."""
-        p = self.logits.detach().softmax(1)
-        r = p.sqrt() * self.signs(generator, (self.n, p.shape[1]))[self.own]
-        root = self.grad(self.logits, grad_outputs=r - p * r.sum(1, keepdim=True), retain_graph=True)
-        root = ranks.sum_over_ranks_(flat(root) * self.kept)
-        v = self.signs(generator)
-        return v * self.product(v), root.square().sum() / self.n
-
-    def top_eigenvalue(self, generator, steps=100, tolerance=.001):
-        """(largest eigenvalue, error bar) by Lanczos: an eigenvalue lies within the error bar, the residual's norm.
-
-        The vectors are not kept and not orthogonalised again: eigenvalues repeat, but the largest stays in its place.
-        """
-        start = torch.randn(len(self.kept), generator=generator).to(self.logits) * self.kept
-        q, previous = start / start.norm(), torch.zeros_like(start)
-        alphas, betas = [], [0.]
-        for _ in range(steps):
-            r = self.product(q) - betas[-1] * previous
-            alphas.append(float(q @ r))
-            r -= alphas[-1] * q
-            betas.append(float(r.norm()))
-            off = torch.tensor(betas[1:-1], dtype=torch.float64)
-            T = torch.diag(torch.tensor(alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
-            values, vectors = torch.linalg.eigh(T)
-            error = betas[-1] * abs(float(vectors[-1, -1]))
-            if error <= tolerance * abs(float(values[-1])):
-                break
-            previous, q = q, r / betas[-1]
-        return float(values[-1]), error
-
-
-def flat(tensors):
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def own_images():
-    """The part of a batch's images that this rank has."""
-    return slice(ranks.current().rank, None, ranks.current().size)
 
 
 def jackknife(left_out):
@@ -621,41 +530,72 @@ def totals(mask):
     return {"all": sum(kept.numel() for kept in mask.values()), "surviving": sum(int(m.sum()) for m in mask.values())}
 
 
-def check_finite(what, tensors):
-    """Raises UserError that names the first entry of {name: tensor} that is NaN or infinite."""
-    for name, h in tensors.items():
-        broken = (~h.isfinite()).nonzero()
-        if len(broken):
-            index = tuple(broken[0].tolist())
-            raise UserError(f"{what} is {float(h[index])} at {name}{list(index)}")
-
-
 def analyse(path, name, ticket, train, settings, args):
-    """The result of one ticket, from --out when it is there already, else computed and saved."""
+    """The result of one ticket, from --out where it is there already, else computed and saved."""
     file = result_file(args.out, name)
-    if ranks.broadcast(file.exists()):
-        earlier = files.load(file)
-        if not files.difference(earlier.get("settings", {}), settings, ignored=("sparse",)):
-            return earlier | {"settings": settings}
+    result = earlier_result(file, settings)
+    has_spectrum = result and result.get("spectrum", {}).get("probes") == args.spectrum
+    if result and (has_spectrum or not args.spectrum):
+        return result
     model = trained_network(path, name, ticket, train, args)
+    batches = list(batches_of(train, settings))
+    result = result or measure(model, ticket, batches, settings)
+    if args.spectrum:
+        result["spectrum"] = spectra(model, ticket["masks"], batches, settings, args.spectrum)
+    files.save(file, result)
+    return result
+
+
+def earlier_result(file, settings):
+    """The result in a file, when it is of the same settings; else None."""
+    if not ranks.broadcast(file.exists()):
+        return None
+    earlier = files.load(file)
+    if files.difference(earlier.get("settings", {}), settings, ignored=("sparse",)):
+        return None
+    return earlier | {"settings": settings}
+
+
+def batches_of(train, settings):
+    """Yield the batches: (images, labels), at random from the training images."""
+    size, count = settings["batch"], settings["batches"]
     order = torch.randperm(len(train), generator=random_stream(settings["batch_seed"], "hessian batches"))
-    measured = []
-    for number, index in enumerate(order[:args.batch * args.batches].split(args.batch)):
+    for index in order[:size * count].split(size):
         images, labels = train.batch(index)
-        batch = model, images.to(getattr(torch, args.dtype)), labels, ticket["masks"]
+        yield images.to(getattr(torch, settings["dtype"])), labels
+
+
+def measure(model, ticket, batches, settings):
+    """The result of one ticket's trained network, but for the spectrum: what <name>_hessian.pt holds."""
+    measured = []
+    for number, (images, labels) in enumerate(batches):
         generator = random_stream(settings["batch_seed"], "hessian", number)
-        if args.method == "exact":
-            measured.append(measure_exact(*batch, generator))
+        if settings["method"] == "exact":
+            measured.append(measure_exact(model, images, labels, ticket["masks"], generator))
         else:
-            measured.append(measure_estimate(*batch, args.weights, args.probes, generator))
+            measured.append(measure_estimate(model, images, labels, ticket["masks"], settings["weights"],
+                                             settings["probes"], generator))
     figures, diagonals, methods = zip(*measured)
     result = {"format": "lottery-hessian-1", "settings": settings, "method": methods[-1],
               "scopes": {scope: over_batches([batch[scope] for batch in figures]) for scope in figures[0]},
               **{key: ticket[key] for key in ("sparsity", "config", "masks")}}
     for part, first in diagonals[0].items():
         result[part] = {name: sum(batch[part][name] for batch in diagonals) / len(diagonals) for name in first}
-    files.save(file, result)
     return result
+
+
+def spectra(model, mask, batches, settings, probes):
+    """{scope: a Spectrum over all batches, as a dict}: "surviving" parameters, and "all", the pruned ones free."""
+    found = {"probes": probes}
+    pruned = any(not kept.all() for kept in mask.values())
+    for scope, free in {"surviving": mask, "all": {}}.items() if pruned else {"surviving": mask}.items():
+        of_batches = []
+        for number, batch in enumerate(batches):
+            generator = random_stream(settings["batch_seed"], "spectrum", number)
+            of_batches.append(Hessian(model, *batch, free).spectrum(generator, probes))
+        values, weights, n = zip(*of_batches)
+        found[scope] = {"values": torch.stack(values), "weights": torch.stack(weights), "n": n[0]}
+    return found
 
 
 def result_file(out, name):
@@ -750,25 +690,99 @@ def table_rows(results):
     return rows
 
 
-def draw_histograms(results, path):
-    """Distributions over surviving weights, common bins, a panel for each sparsity with the families overlaid."""
+def density_rows(results):
+    """A row for each ticket, scope and eigenvalue, for spectrum.csv."""
+    eigenvalues, width = eigenvalue_axis(results.values())
+    rows = []
+    for path, result in results.items():
+        own = {"mask": path, "family": result["family"], "sparsity": result["sparsity"]}
+        for scope, spectrum in spectra_of(result).items():
+            columns = (column.tolist() for column in (eigenvalues, *spectrum.density(eigenvalues, width)))
+            rows += [own | {"scope": scope, "eigenvalue": x, "density": density, "error": error}
+                     for x, density, error in zip(*columns)]
+    return rows
+
+
+def spectra_of(result):
+    """{scope: Spectrum} of a result, empty for one without."""
+    return {scope: Spectrum(**held) for scope, held in result.get("spectrum", {}).items() if scope != "probes"}
+
+
+def eigenvalue_axis(results):
+    """(1,000 eigenvalues over all that was found, and a little beyond; the width of the Gaussians for all of them)."""
+    spectra = [spectrum for result in results for spectrum in spectra_of(result).values()]
+    low, high = min(float(s.values.min()) for s in spectra), max(float(s.values.max()) for s in spectra)
+    width = max(spectrum.width() for spectrum in spectra)
+    return torch.linspace(low - 5 * width, high + 5 * width, 1000, dtype=torch.float64), width
+
+
+def percent(result):
+    return round(100 * result["sparsity"])
+
+
+def draw(results, path):
+    """What was measured, in a panel for each sparsity with the families overlaid, and the dense network in each."""
     from matplotlib.figure import Figure
 
-    values = [torch.cat([result["diagonal"][name][kept] for name, kept in result["masks"].items()]).float().cpu()
-              for result in results]
-    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
-    levels = sorted({round(100 * result["sparsity"]) for result in results} - {0}) or [0]
-    figure = Figure(figsize=(5.5 * len(levels), 4), layout="constrained")
-    for axes, level in zip(figure.subplots(1, len(levels), sharey=True, squeeze=False)[0], levels):
-        for result, h in zip(results, values):
-            if round(100 * result["sparsity"]) in (0, level):
-                counts, edges = torch.histogram(h, 120, range=(low, high))
-                axes.stairs(counts, edges, label=f"{result['family']}, {result['sparsity']:.0%} sparse")
-        axes.set_yscale("log")
-        axes.set_xlabel("second derivative of the loss along a weight")
-        axes.legend(fontsize=8)
-    figure.axes[0].set_ylabel("surviving weights")
+    kinds = [(draw_histograms, "diagonal"), (draw_densities, "spectrum")]
+    kinds = [(draw_kind, [result for result in results if key in result]) for draw_kind, key in kinds]
+    kinds = [(draw_kind, shown) for draw_kind, shown in kinds if shown]
+    levels = sorted({percent(result) for result in results} - {0}) or [0]
+    columns, lines = min(4, len(levels)), math.ceil(len(levels) / 4)
+    families = sorted({result["family"] for result in results} - {"dense"})
+    styles = {family: style_of(i, family) | {"marker": None} for i, family in enumerate(families)}
+    if any(result["family"] == "dense" for result in results):
+        styles["dense"] = {"color": "black", "label": "dense"}
+    figure = Figure(figsize=(1.5 + 4 * columns, .7 + 3.2 * lines * len(kinds)), layout="constrained")
+    panels = figure.subplots(len(kinds) * lines, columns, squeeze=False).reshape(len(kinds), -1)
+    for (draw_kind, shown), row in zip(kinds, panels):
+        draw_kind(dict(zip(levels, row)), shown, styles)
+        for level, axes in zip(levels, row):
+            axes.set_yscale("log")
+            axes.set_title(f"{level}% sparse" if level else "dense", fontsize=10)
+        for axes in row[len(levels):]:
+            axes.set_axis_off()
+    figure.legend(handles=legend_of(styles.values()), fontsize=8, loc="outside lower center", ncols=3)
     files.save(path, figure)
+
+
+def in_panels(panels, results):
+    """Yield (axes, result) of every panel {percent sparse: axes} and of what it shows."""
+    for level, axes in panels.items():
+        for result in results:
+            if percent(result) in (0, level):
+                yield axes, result
+
+
+def draw_histograms(panels, results, styles):
+    """Distributions of the diagonal over surviving weights, in common bins."""
+    values = {id(result): torch.cat([result["diagonal"][name][kept] for name, kept in result["masks"].items()]).float()
+              for result in results}
+    limits = min(float(v.min()) for v in values.values()), max(float(v.max()) for v in values.values())
+    for axes, result in in_panels(panels, results):
+        counts, edges = torch.histogram(values[id(result)].cpu(), 120, range=limits)
+        style = styles[result["family"]]
+        axes.stairs(counts, edges, color=style["color"], ls=style.get("ls", "-"))
+        axes.set_xlabel("second derivative of the loss along a weight")
+    for axes in list(panels.values())[::4]:
+        axes.set_ylabel("surviving weights")
+
+
+def draw_densities(panels, results, styles):
+    """Densities of eigenvalues with one standard error, of the surviving weights; faint: the pruned ones free."""
+    eigenvalues, width = eigenvalue_axis(results)
+    lowest = .1 * min(spectrum.of_one(width) for result in results for spectrum in spectra_of(result).values())
+    for axes, result in in_panels(panels, results):
+        style = styles[result["family"]]
+        for scope, spectrum in spectra_of(result).items():
+            density, error = spectrum.density(eigenvalues, width)
+            look = dict(lw=1.2) if scope == "surviving" else dict(lw=.8, alpha=.45)
+            axes.plot(eigenvalues, density, color=style["color"], ls=style.get("ls", "-"), **look)
+            axes.fill_between(eigenvalues, density - error, density + error, color=style["color"], alpha=.15, lw=0)
+        axes.set_ylim(bottom=lowest)
+        axes.set_xlabel("eigenvalue (faint: of all parameters, the pruned ones free)", fontsize=9)
+    for axes in list(panels.values())[::4]:
+        axes.set_ylabel("density, 1 standard error")
 
 
 #############################################
@@ -785,6 +799,8 @@ def parse(argv=None):
     flag("--method", choices=("exact", "estimate"), default="exact", help="estimate: any network, error bars (exact)")
     flag("--weights", type=cli.at_least(2), metavar="N", help="estimate: random weights with exact entries (200)")
     flag("--probes", type=cli.at_least(3), default=64, help="estimate: random vectors (64)")
+    flag("--spectrum", type=cli.at_least(2), nargs="?", const=8, metavar="N",
+         help="the density of the Hessian's eigenvalues as well, from N random vectors (8)")
     flag("--dtype", choices=("float32", "float64"), default="float32", help="(float32)")
     flag("--endpoints", type=cli.folder, default=Path("runs/stability"), metavar="DIR",
          help="endpoints of stability.py, trained when missing (runs/stability)")
@@ -855,10 +871,14 @@ def experiment(args, ticket_at, names, train):
     results = named(results)
     print_table(results.values())
     files.save_csv(args.out / "hessian.csv", table_rows(results))
-    if args.method == "exact":
-        draw_histograms(list(results.values()), args.out / "hessian.png")
-    written = "hessian.csv, diagonals and hessian.png" if args.method == "exact" else "hessian.csv"
-    print(f"written: {written} in {args.out}")
+    written = ["hessian.csv"]
+    if args.spectrum:
+        files.save_csv(args.out / "spectrum.csv", density_rows(results))
+        written.append("spectrum.csv")
+    if args.spectrum or args.method == "exact":
+        draw(list(results.values()), args.out / "hessian.png")
+        written.append("hessian.png")
+    print(f"written: {', '.join(written)} and the results of each ticket in {args.out}")
 
 
 if __name__ == "__main__":

@@ -40,9 +40,10 @@ from common.bars import Bar
 from common.data import fixed_subset
 from common.endpoints import check_apart, endpoint, real_recipe, result_names, train_ahead
 from common.errors import UserError
-from common.matching import match_weights, permutation_groups
+from common.matching import match_weights
 from common.networks import build_network
 from common.streams import random_stream
+from common.symmetries import permutation_groups
 from common.training import Recipe
 
 FORMAT = "lottery-stability-1"
@@ -102,7 +103,8 @@ def measure(path, name, ticket, train, test, settings, out, overwrite=False):
     """
     config = ticket["config"]
     model = build_network(config).to(train.labels.device)
-    groups = permutation_groups(model) if settings["align"] else None  # an error comes before the training
+    images = train.batch(slice(2))[0]
+    groups = permutation_groups(model, images) if settings["align"] else None  # an error comes before the training
     recipe = Recipe(**{key: settings[key] for key in Recipe._fields})
     states = [endpoint(out, name, ticket, train, order, recipe, settings["seed"], settings["from_epoch"],
                        overwrite)["state"] for order in range(settings["orders"])]

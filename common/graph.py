@@ -182,7 +182,7 @@ def first_line(error):
 
 
 class Sum(nn.Module):
-    """x + alpha y, broadcast. In a graph it is made of the three below."""
+    """x + alpha y, broadcast. In a graph it is made of Add, Scale and Expand."""
 
     def __init__(self, alpha):
         super().__init__()
@@ -194,6 +194,25 @@ class Add(nn.Module):
 
     def forward(self, x, y):
         return x + y
+
+
+class Concatenation(nn.Module):
+    """torch.cat along an axis. In a graph it is the Add of several Embeds."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+
+class Embed(nn.Module):
+    """x [n, C, ...] among channels of zeros, so many before and after it."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.around = before, after
+
+    def forward(self, x):
+        return F.pad(x, [0, 0] * (x.dim() - 2) + list(self.around))
 
 
 class Scale(nn.Module):
@@ -274,7 +293,7 @@ class ChannelLinear(nn.Module):
         return F.linear(x.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)
 
 
-LINEAR = (nn.Flatten, Add, Scale, Expand, Mean, Reshape, Slice, Movedim)
+LINEAR = (nn.Flatten, Add, Scale, Expand, Embed, Mean, Reshape, Slice, Movedim)
 
 #############################################
 #            A call as a module             #
@@ -288,6 +307,10 @@ def add(input, other, *, alpha=1):
     return Sum(alpha), input, other
 
 
+def cat(tensors, dim=0):
+    return Concatenation(dim), *tensors
+
+
 def relu(input, inplace=False):
     return nn.ReLU(), input
 
@@ -298,6 +321,14 @@ def relu6(input, inplace=False):
 
 def leaky_relu(input, negative_slope=.01, inplace=False):
     return nn.LeakyReLU(negative_slope), input
+
+
+def gelu(input, *, approximate="none"):
+    return nn.GELU(approximate), input
+
+
+def silu(input, inplace=False):
+    return nn.SiLU(), input
 
 
 def dropout(input, p=.5, training=True, inplace=False):
@@ -353,7 +384,8 @@ def is_batch_size(size):
 
 
 FUNCTIONS = {
-    operator.add: add, operator.iadd: add, torch.add: add,
+    operator.add: add, operator.iadd: add, torch.add: add, torch.cat: cat, torch.concat: cat,
+    F.gelu: gelu, F.silu: silu,
     F.relu: relu, F.relu_: relu, torch.relu: relu, torch.relu_: relu, F.relu6: relu6, F.leaky_relu: leaky_relu,
     F.dropout: dropout, F.dropout2d: dropout,
     F.max_pool2d: max_pool2d, torch.max_pool2d: max_pool2d, F.avg_pool2d: avg_pool2d,
@@ -380,6 +412,8 @@ def nodes_of(call, model, node_at, values):
     sources = [node_at[argument] for argument in arguments]
     if isinstance(module, Sum):
         return sum_nodes(name, module.alpha, sources, [values[argument] for argument in arguments], values[call])
+    if isinstance(module, Concatenation):
+        return concatenation_nodes(name, module.dim, sources, [values[argument] for argument in arguments])
     if type(module) is nn.Linear and values[call].dim() > 2:
         before = Node(f"before {name}", Movedim(-1, 1), sources)
         layer = Node(name, ChannelLinear(module), [before])
@@ -401,6 +435,20 @@ def sum_nodes(name, alpha, sources, operands, result):
             nodes.append(source)
         operand_nodes.append(source)
     return [*nodes, Node(name, Add(), operand_nodes)]
+
+
+def concatenation_nodes(name, dim, sources, operands):
+    """The Nodes of a concatenation of channels, from the nodes and the values of what is joined. Raises UserError."""
+    if dim % operands[0].dim() != 1:
+        raise UserError(f"{name} along axis {dim}")
+    sizes = [operand.shape[1] for operand in operands]
+    nodes = []
+    for i, source in enumerate(sources):
+        nodes.append(Node(f"part {i} of {name}", Embed(sum(sizes[:i]), sum(sizes[i + 1:])), [source]))
+        if i:
+            nodes.append(Node(name, Add(), [joined, nodes[-1]]))
+        joined = nodes[-1]
+    return nodes
 
 
 def layer_of(call, model):

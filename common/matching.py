@@ -2,64 +2,16 @@
 import numpy as np
 import torch
 
-from .errors import UserError
-from .networks import blocks_of
-
-
-def permutation_groups(model):
-    """Lists of (tensor name, axis) whose units may be relabelled together without changing the network's function.
-
-    Norms, ReLU and pooling act on each channel alone, so a group is what makes a channel (axis 0) and what reads it
-    (axis 1); channels that a residual addition ties together form one group. Raises UserError for other networks.
-    """
-    blocks = blocks_of(model)
-    if blocks is None:
-        raise UserError("--align knows the units of convnet3, resnet10 and resnet18 only")
-    state = model.state_dict()
-
-    def made_by(layer):
-        parts = ("weight", "bias", "running_mean", "running_var")
-        names = [f"{module}.{part}" for module in (layer.conv, layer.norm) for part in parts]
-        return [(name, 0) for name in names if name in state]
-
-    def read_by(layer):
-        return [(f"{layer.conv}.weight", 1)]
-
-    groups = []
-    stream = []  # the group of the channels that flow from block to block; at first those of the images
-    for block in blocks:
-        for layer, reader in zip(block.layers, block.layers[1:]):
-            groups.append(made_by(layer) + read_by(reader))
-        stream = stream + read_by(block.layers[0])
-        if block.shortcut:
-            groups.append(stream + read_by(block.shortcut))
-            stream = made_by(block.shortcut)
-        elif not block.residual:
-            groups.append(stream)
-            stream = []
-        stream = stream + made_by(block.layers[-1])
-    groups.append(stream + [("linear.weight", 1)])
-    return groups[1:]  # the first one is the images', which stay as they are
-
-
-def permute(state, group, order):
-    """`state` with the units of `group` in a new order; an axis that flattens pixels moves them in blocks."""
-    order = torch.as_tensor(order, device=state[group[0][0]].device)
-    permuted = dict(state)
-    for name, axis in group:
-        units = permuted[name].unflatten(axis, (len(order), -1))
-        permuted[name] = units.index_select(axis, order).flatten(axis, axis + 1)
-    return permuted
+from .symmetries import permute
 
 
 def similarity(a, b, group):
     """Inner products [n, n] of all weights of unit i in `a` with those of unit j in `b`, float64."""
-    n = len(a[group[0][0]])
+    def rows(state, part):
+        weights = state[part.name].narrow(part.axis, part.start, part.stop - part.start).double()
+        return weights.unflatten(part.axis, (group.size, -1)).movedim(part.axis, 0).reshape(group.size, -1)
 
-    def rows(state, name, axis):
-        return state[name].double().unflatten(axis, (n, -1)).movedim(axis, 0).reshape(n, -1)
-
-    return sum(rows(a, name, axis) @ rows(b, name, axis).T for name, axis in group if "running" not in name)
+    return sum(rows(a, part) @ rows(b, part).T for part in group.parts if "running" not in part.name)
 
 
 def assignment(cost):

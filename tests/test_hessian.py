@@ -257,5 +257,23 @@ def test_script_writes_and_reuses_its_results(script, refused, tmp_path):
     assert "conv2.weight" in refused("hessian.py", *command, "--out", "other")
 
 
+def test_a_spectrum_is_added_to_a_result(script, tmp_path, monkeypatch):
+    command = ["--dataset", "digits", "--width", 2, "--epochs", 1, "--batch", 8, "--method", "estimate", "--probes", 3,
+               "--weights", 2]
+    assert script("hessian.py", *command).returncode == 0
+    out = tmp_path / "runs" / "hessian"
+    before = files.load(out / "digits" / "dense_hessian.pt")
+    done = script("hessian.py", *command, "--spectrum", 2)
+    assert done.returncode == 0 and "spectrum.csv" in done.stdout, done.stderr
+    after = files.load(out / "digits" / "dense_hessian.pt")
+    assert after["scopes"] == before["scopes"] and "spectrum" not in before
+    assert list(after["spectrum"]) == ["probes", "surviving"]
+    assert after["spectrum"]["surviving"]["values"].shape == (1, 2, 80)
+    rows = list(csv.DictReader(open(out / "spectrum.csv")))
+    assert len(rows) == 1000 and (out / "hessian.png").exists()
+    total = sum(float(row["density"]) for row in rows) * (float(rows[1]["eigenvalue"]) - float(rows[0]["eigenvalue"]))
+    assert total == pytest.approx(1, abs=1e-3)
+
+
 def test_too_large_a_batch_is_refused(refused):
     assert "2000" in (line := refused("hessian.py", "--dataset", "digits", "--batch", 2000)) and "1437" in line
