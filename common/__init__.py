@@ -25,7 +25,7 @@ The rooms, each using only those above it:
     graph                             any network as the operations of its forward pass
     distilled                         distilled sets of every published format
     training, evaluation, scores      SGD under a mask; losses of networks and of points; what to prune without training
-    spectrum                          the Hessian's products and eigenvalues
+    tangents, spectrum                directions through every layer; the Hessian's products and eigenvalues
     symmetries, matching, planes      weight space: units that may be relabelled, and are; planes through networks
     tickets, figures, endpoints       mask files; pictures of runs of prune.py; the networks trained from tickets
     cli                               flags, errors in one line, how a script starts
