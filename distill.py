@@ -143,9 +143,10 @@ def herd(embeddings, count):
 
 def draw_network(config, seed, device):
     """A network at initialisation. `resnet10ap` is IDC's: resnet10 with average pooling."""
-    model = config["model"].removesuffix("ap")
+    average = config["model"] in ("resnet10ap", "resnet18ap")
+    model = config["model"].removesuffix("ap") if average else config["model"]
     network = build_network(config | {"model": model}, seed).to(device)
-    return network if model == config["model"] else average_pooled(network)
+    return average_pooled(network) if average else network
 
 
 def average_pooled(network):
@@ -164,7 +165,10 @@ def average_pooled(network):
 
 
 def embedding_and_classifier(network):
-    """(all layers but the last, the last one), sharing the network's weights."""
+    """(all layers but the last, the last one), sharing the network's weights. Raises UserError."""
+    if not isinstance(network, nn.Sequential):
+        raise UserError(f"matching embeddings needs an nn.Sequential with its classifier last, not a "
+                        f"{type(network).__name__}")
     *layers, classifier = network.children()
     return nn.Sequential(*layers), classifier
 
@@ -458,7 +462,8 @@ def method_flags(parser):
     flag("--synthetic-images", type=positive, help="decoded images matched likewise, at most (dm, idm: 64; idc: 128)")
     flag("--network-images", type=at_least(0), help="real images the network is trained on after every iteration")
     flag("--pretrain", type=at_least(0), help="epochs of training on real data before the first iteration")
-    flag("--model", help="network: convnet3, resnet10, resnet18, or resnet10ap with IDC's average pooling")
+    flag("--model", help="network: convnet3, resnet10, resnet18, resnet10ap with IDC's average pooling, or "
+                         "package.module:callable that returns an nn.Sequential")
     flag("--width", type=cli.width, help="its channels in the first layer (idc: full; dm, idm: 32)")
     flag("--norm", choices=("instance", "batch", "none"), help="its normalisation (instance)")
 

@@ -44,6 +44,7 @@ from common.data import Dataset, fixed_subset, hardened
 from common.distilled import embedded_distilled, load_distilled
 from common.endpoints import endpoint, real_recipe, result_names, train_ahead
 from common.errors import UserError, note
+from common.figures import panels_for
 from common.networks import build_network
 from common.planes import STATES_NEEDED, make_plane, square_grids, vectors
 from common.streams import random_stream
@@ -269,9 +270,10 @@ def draw_surface(surface, out, stem):
     cap = min(max(np.nanmax(losses), 1.1 * lowest), max(4 * math.log(settings["num_classes"]), 2 * lowest))
     ticks = np.geomspace(lowest, cap, 7)
     legend = f"{settings['on'].replace('real', 'training')} loss, log scale, capped at {cap:.3g}"
-    flat, solid = (Figure(figsize=(5 * len(losses) + 1.2, 5), layout="constrained") for _ in range(2))
-    plans = flat.subplots(1, len(losses), squeeze=False)[0]
-    reliefs = solid.subplots(1, len(losses), squeeze=False, subplot_kw={"projection": "3d"})[0]
+    size = 5 * min(3, len(losses)) + 1.2, 5 * math.ceil(len(losses) / 3)
+    flat, solid = (Figure(figsize=size, layout="constrained") for _ in range(2))
+    plans = panels_for(flat, len(losses), 3)
+    reliefs = panels_for(solid, len(losses), 3, subplot_kw={"projection": "3d"})
     for s, heights in enumerate(losses):
         xs, ys = surface["xs"][s, ::stride], surface["ys"][s, ::stride]
         plans[s].set(title=surface["labels"][s])
@@ -279,8 +281,8 @@ def draw_surface(surface, out, stem):
         filled = draw_contours(plans[s], xs, ys, heights, lowest, cap)
         mark_endpoints(plans[s], surface["models"][s], surface["residuals"][s], xs[-1] - xs[0])
         sheet = draw_relief(reliefs[s], xs, ys, np.clip(heights, lowest, cap), ticks)
-    flat.colorbar(filled, ax=list(plans), shrink=.8, label=legend, ticks=ticks, format="%.3g")
-    bar = solid.colorbar(sheet, ax=list(reliefs), shrink=.6, pad=.04, label=legend, ticks=np.log10(ticks))
+    flat.colorbar(filled, ax=plans, shrink=.8, label=legend, ticks=ticks, format="%.3g")
+    bar = solid.colorbar(sheet, ax=reliefs, shrink=.6, pad=.04, label=legend, ticks=np.log10(ticks))
     bar.ax.set_yticklabels([f"{tick:.3g}" for tick in ticks])
     files.save(out / f"{stem}.png", flat)
     files.save(out / f"{stem}_surface.png", solid)
@@ -313,11 +315,14 @@ def draw_relief(axes, xs, ys, losses, ticks):
 
 def mark_endpoints(axes, coordinates, residuals, extent):
     """Endpoints by their order: a full marker in the plane, a hollow one with its distance beside it."""
+    from matplotlib.patheffects import withStroke
+
     for order, ((x, y), distance) in enumerate(zip(coordinates, residuals)):
-        face, ink = ("white", "black") if distance < 1e-3 * extent else ("none", "white")
+        face = "white" if distance < 1e-3 * extent else "none"
         for edge, width in (("white", 3), ("black", 1)):
             axes.plot(x, y, "o", markersize=13, markerfacecolor=face, markeredgecolor=edge, markeredgewidth=width)
-        axes.annotate(f"{order}", (x, y), ha="center", va="center", fontsize=9, color=ink, weight="bold")
+        axes.annotate(f"{order}", (x, y), ha="center", va="center", fontsize=9, weight="bold",
+                      path_effects=[withStroke(linewidth=2.5, foreground="white")])
         if face == "none":
             axes.annotate(f"{distance:.2g} off the plane", (x, y), xytext=(10, 8), textcoords="offset points",
                           fontsize=8, bbox=dict(boxstyle="round", facecolor="white", alpha=.85, linewidth=0))

@@ -29,6 +29,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while PyTorch is imported
 
 import itertools
+import math
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from common.bars import Bar
 from common.data import fixed_subset
 from common.endpoints import check_apart, endpoint, real_recipe, result_names, train_ahead
 from common.errors import UserError
+from common.figures import panels_for, style_of
 from common.matching import match_weights
 from common.networks import build_network
 from common.streams import random_stream
@@ -272,9 +274,6 @@ def print_spread(results):
 #                 Pictures                  #
 #############################################
 
-COLOURS = "#1f4e8c", "#e08214", "#4d9221", "#c51b7d"
-MARKERS = "o", "s", "^", "D"
-
 
 def draw_lines(results, highlight, path):
     """Figs. 3 and 4, left: loss and error along alpha, highlighted rounds thick; bands: ± one standard deviation."""
@@ -285,8 +284,8 @@ def draw_lines(results, highlight, path):
     families = list(dict.fromkeys(result["family"] for result in results))
     styles = dict(zip(sorted(highlight), itertools.cycle(("-", "--", "-.", ":"))))
     for (family, percent), group in grouped(results).items():
-        place = families.index(family) % 4
-        colour, marker, legend = COLOURS[place], MARKERS[place], f"{family}, {percent:g}% sparse"
+        style = style_of(families.index(family), f"{family}, {percent:g}% sparse")
+        colour, marker, legend = style["color"], style["marker"], style["label"]
         if percent == 0:
             colour, marker, legend = "black", None, "dense"
         look = dict(lw=.9, alpha=.5)
@@ -310,6 +309,7 @@ def draw_surfaces(results, path):
     """Figs. 3 and 4, right: training loss over alpha and pruning round, a surface for each family, all on one scale."""
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     surfaces = defaultdict(dict)
     for (family, _), group in grouped(results).items():
@@ -319,18 +319,20 @@ def draw_surfaces(results, path):
         return
     losses = over_pairs(results, "train_loss")
     scale = Normalize(losses.min(), losses.max())
-    figure = Figure(figsize=(5.2 * len(surfaces) + 1, 4.8), layout="constrained")
-    panels = figure.subplots(1, len(surfaces), subplot_kw={"projection": "3d"}, squeeze=False)[0]
+    size = 5.2 * min(3, len(surfaces)) + 1, 4.8 * math.ceil(len(surfaces) / 3)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = panels_for(figure, len(surfaces), 3, subplot_kw={"projection": "3d"})
     for axes, (family, by_round) in zip(panels, surfaces.items()):
         values = np.array(list(by_round.values()))
         alphas, rounds = np.meshgrid(np.linspace(0, 1, values.shape[1]), list(by_round))
         surface = axes.plot_surface(alphas, rounds, values, cmap="viridis", norm=scale, rstride=1, cstride=1,
                                     edgecolor="black", linewidth=.3)
         axes.set(xlabel="$\\alpha$", ylabel="pruning round", zlim=(scale.vmin, scale.vmax))
-        axes.set_title(family, y=.95)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(family)
         axes.view_init(elev=24, azim=-52)
-        axes.set_box_aspect((1, 1, .7), zoom=1.1)
-    figure.colorbar(surface, ax=list(panels), shrink=.6, pad=.1, label="training loss")
+        axes.set_box_aspect((1, 1, .7), zoom=.95)
+    figure.colorbar(surface, ax=panels, shrink=.6, pad=.1, label="training loss")
     files.save(path, figure)
 
 
@@ -374,14 +376,15 @@ def draw_summary(rows, path):
         axes.axhline(1, color="grey", lw=.8)
         axes.grid(alpha=.3)
         axes.margins(.15)
+        axes.ticklabel_format(useOffset=False)
         for place, ((family, compression), entries) in enumerate(rows.items()):
-            marker = "*" if family.startswith("IMP") else MARKERS[place % 4]
-            legend = f"{family} ({compression}x fewer images)" if compression > 1 else family
+            style = style_of(place, f"{family} ({compression}x fewer images)" if compression > 1 else family)
+            marker = "*" if family.startswith("IMP") else style["marker"]
             x, x_spread = np.transpose([entry[column] for entry in entries])
             y, y_spread = np.transpose([entry[3] for entry in entries])
-            axes.errorbar(x, y, y_spread, x_spread, fmt=marker + ":", color=COLOURS[place % 4], elinewidth=.8,
+            axes.errorbar(x, y, y_spread, x_spread, fmt=marker + ":", color=style["color"], elinewidth=.8,
                           capsize=2, markersize=(60 + compression) ** .5, markeredgecolor="black", markeredgewidth=.6,
-                          label=legend)
+                          label=style["label"])
             for entry, at in zip(entries, zip(x, y)):
                 axes.annotate(f"{entry[0]:g}%", at, xytext=(9, 7), textcoords="offset points", fontsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)

@@ -26,7 +26,7 @@ The rooms, each using only those above it:
     distilled                         distilled sets of every published format
     captured                          a training step as a CUDA graph
     training, evaluation, scores      SGD under a mask; losses of networks and of points; what to prune without training
-    spectrum                          the Hessian's products and eigenvalues
+    tangents, spectrum                directions through every layer; the Hessian's products and eigenvalues
     symmetries, matching, planes      weight space: units that may be relabelled, and are; planes through networks
     tickets, figures                  mask files; pictures of runs of prune.py
     overlap, endpoints                what two runs' masks share; the networks trained from tickets

@@ -70,6 +70,15 @@ def style_of(i, label):
     return dict(color=colour, ls=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], label=label)
 
 
+def panels_for(figure, count, columns, **kind):
+    """`count` axes of a figure, in rows of at most so many."""
+    columns = min(columns, count)
+    grid = figure.subplots(math.ceil(count / columns), columns, squeeze=False, **kind).flatten()
+    for axes in grid[count:]:
+        axes.remove()
+    return list(grid[:count])
+
+
 def legend_of(styles):
     """A line for every family, also for those that a panel lacks."""
     from matplotlib.lines import Line2D

@@ -197,3 +197,8 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     distill.distill(real, config, tmp_path)
     with pytest.raises(UserError, match="a run with another seed"):
         distill.distill(real, config | {"seed": 4}, tmp_path)
+
+
+def test_a_network_without_an_embedding_is_refused():
+    with pytest.raises(UserError, match="nn.Sequential with its classifier last, not a Linear"):
+        distill.embedding_and_classifier(nn.Linear(2, 3))

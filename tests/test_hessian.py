@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.masks import apply_mask, dense_mask
 from common.networks import ConvNet3, ResNet, prunable
 from common.streams import random_stream
-from random_networks import outcome
+from random_networks import outcome, second_derivative
 
 
 def mixed():
@@ -56,7 +56,7 @@ def by_definition(model, mask, images, labels):
     diagonal = {}
     for name, parameter in model.named_parameters():
         def along(unit):
-            return hessian.second_derivative(model, images, labels, {name: unit})
+            return second_derivative(model, images, labels, {name: unit})
 
         units = torch.eye(parameter.numel(), dtype=parameter.dtype).view(-1, *parameter.shape)
         entries = torch.vmap(along, chunk_size=128)(units).detach().view_as(parameter)
