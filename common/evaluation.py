@@ -21,13 +21,13 @@ class Score(NamedTuple):
 @torch.no_grad()
 def evaluate(model, split, batch_size=500):
     """Score of `model` on `split` without augmentation, in eval mode; sums in float64."""
-    network = views.view(model.eval(), surviving(model), sample=split.batch(slice(0, 2)))
-    total = torch.zeros(3, dtype=torch.float64)
+    network = views.made_ready(views.view(model.eval(), surviving(model), sample=split.batch(slice(0, 2))))
+    total = torch.zeros(3, dtype=torch.float64, device=split.labels.device)
     for start in range(0, len(split), batch_size):
         images, labels = split.batch(slice(start, start + batch_size))
         logits = logits_of(network(images))
         losses = F.cross_entropy(logits, labels, reduction="none").double()
-        total += torch.stack([losses.sum(), losses.square().sum(), (logits.argmax(1) == labels).sum().double()]).cpu()
+        total += torch.stack([losses.sum(), losses.square().sum(), (logits.argmax(1) == labels).sum().double()])
     return score(*total.tolist(), len(split))
 
 

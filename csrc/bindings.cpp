@@ -30,6 +30,7 @@ TORCH_LIBRARY(lottery, m) {
   m.def(
       "norm_relu_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def("norm_relu_pool_points(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(
       "conv_norm_relu_pool(Tensor x, Tensor kernel, Tensor weight, Tensor bias, int padding, float eps) "
       "-> (Tensor, Tensor, Tensor)");

@@ -158,6 +158,13 @@ inline void check_norm_relu_pool(const Tensor& x, const Tensor& weight, const Te
   TORCH_CHECK(x.size(2) >= 2 && x.size(3) >= 2, "norm_relu_pool: planes of at least 2 x 2 wanted, got ", x.sizes());
 }
 
+// K times as many channels as a row of weight has
+inline void check_norm_relu_pool_points(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  TORCH_CHECK(weight.dim() == 2 && bias.sizes() == weight.sizes(),
+              "norm_relu_pool_points: weight and bias [K, C] wanted, got ", weight.sizes(), " and ", bias.sizes());
+  check_norm_relu_pool(x, weight.flatten(), bias.flatten());
+}
+
 // A tensor that goes with others: of this type and shape, on this device.
 inline void check_like(const char* what, const Tensor& t, at::ScalarType type, at::IntArrayRef sizes,
                        at::Device device) {

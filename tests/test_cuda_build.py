@@ -23,12 +23,17 @@ INSTANCES = """
 #include "dsa.cuh"
 #include "masked_sgd.cuh"
 #include "norm_relu_pool.cuh"
+#include "norm_relu_pool_last.cuh"
 namespace lottery {
 #define INSTANTIATE(T, A) \\
   template __global__ void norm_relu_pool_kernel<T, A, 32>(const T*, const A*, const A*, T*, A*, A*, long long, int, \\
                                                            int, int, A); \\
   template __global__ void norm_relu_pool_backward_kernel<T, A, 256>( \\
       const T*, const T*, const A*, const A*, const A*, const A*, T*, A*, A*, long long, int, int, int); \\
+  template __global__ void norm_relu_pool_last_kernel<T, A, kPack<T>>(const T*, const A*, const A*, T*, A*, A*, \\
+                                                                      long long, int, int, int, int, A); \\
+  template __global__ void norm_relu_pool_last_backward_kernel<T, A, kPack<T>>( \\
+      const T*, const T*, const A*, const A*, const A*, const A*, T*, A*, A*, int, int, int); \\
   template __global__ void bias_relu_kernel<T, A, unsigned>(T*, const T*, const T*, unsigned, unsigned, unsigned);
 #define INSTANTIATE_FLOAT(T) \\
   INSTANTIATE(T, float) \\
@@ -47,6 +52,7 @@ template __global__ void combine_kernel<2>(float*, const float*, const float*, c
 }  // namespace lottery
 """
 MEMORY_BOUND = ["masked_sgd_kernel", "combine_kernel", "norm_relu_pool_kernel", "norm_relu_pool_backward_kernel",
+                "norm_relu_pool_last_kernel", "norm_relu_pool_last_backward_kernel",
                 "bias_relu_kernel"]
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.augment import Draws, draw_batch, even
 from common.data import Split
-from common.kernels import ops
+from common.kernels import ops, points
 from common.masks import dense_mask
 from common.networks import build_network
 from common.streams import random_stream
@@ -44,7 +44,14 @@ class Launches(TorchDispatchMode):
             self.counts[name] += SEVERAL.get(name, lambda args: 1)(args)
         if name in COPIES and args[0].device.type == "cpu" and result.device.type == "meta":
             self.uploads += 1
-        return result
+        return self.as_cudnn_lays_out(args, result) if name == "convolution" else result
+
+    def as_cudnn_lays_out(self, args, result):
+        """channels_last where images or weights are, the others being copied into it first."""
+        if not any(ops.layout(tensor) == torch.channels_last for tensor in args[:2]):
+            return result
+        self.counts["clone"] += sum(not t.is_contiguous(memory_format=torch.channels_last) for t in args[:2])
+        return result.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.fixture
@@ -75,3 +82,27 @@ def test_a_training_step_asks_for_few_kernels(on_meta, model, changes, most):
         step(draws)
     assert sum(launches.counts.values()) <= most, launches.counts
     assert not launches.uploads
+
+
+def points_on_meta(model, monkeypatch, images=10_000, **changes):
+    """The Launches of evaluating 11 points between two networks on `images` images."""
+    network = build_network(config(model, **changes)).to("meta")
+    split = Split(torch.empty(images, 3, 32, 32, device="meta"), torch.empty(images, dtype=torch.long, device="meta"))
+    line = [(1 - a / 10, a / 10) for a in range(11)]
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [])  # of values that are not there
+    with Launches() as launches:
+        points.sums_at_points(network, [network.state_dict()] * 2, line, [split])
+    return launches.counts
+
+
+def test_points_ask_for_few_kernels_and_copy_for_the_classifier_alone(on_meta, monkeypatch):
+    counts = points_on_meta("convnet3", monkeypatch, width=128)
+    assert sum(counts.values()) <= 700, counts
+    batches, once = 11 * 5, 2 * 3 + 1  # of every point, its flattened activations; kernels of the states, and the images
+    assert sum(counts[name] for name in COPIES) <= batches + once, counts
+
+
+def test_norms_are_folded_once_a_point(on_meta, monkeypatch):
+    counts = points_on_meta("resnet18", monkeypatch)
+    assert counts["rsqrt"] == 20 * 11
+    assert sum(counts.values()) <= 4200, counts

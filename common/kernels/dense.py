@@ -67,7 +67,11 @@ class Fused(nn.Module):
     def forward(self, x):
         if torch.is_grad_enabled() or self.model[0].training:
             return self.run(x)
-        self.ready()  # once for all chunks
+        self.ready()
+        return self.evaluate(x)
+
+    def evaluate(self, x):
+        """The network, made ready, in eval mode and without gradients."""
         if x.device.type != "cpu":
             return self.run(x)
         return torch.cat([self.run(chunk) for chunk in x.split(CHUNK)])

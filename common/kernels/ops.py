@@ -46,8 +46,9 @@ def runs_on(device_type):
 
 
 def layout(x):
-    """Memory format in which the ops of norm, ReLU and pooling leave their results: channels_last on a CPU."""
-    return torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
+    """Memory format in which the ops leave their results: channels_last on a CPU, elsewhere that of x."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last or x.device.type == "cpu" else torch.contiguous_format
 
 
 #############################################
@@ -144,6 +145,20 @@ def norm_relu_pool_save(ctx, inputs, output):
 
 def norm_relu_pool_gradient(ctx, grad, *_):
     return *torch.ops.lottery.norm_relu_pool_backward(grad, *ctx.saved_tensors), None
+
+
+def norm_relu_pool_points_reference(x, weight, bias, eps=1e-5):
+    """norm_relu_pool of K points whose channels lie side by side: x [N, K C, H, W], weight and bias [K, C] -> [K, N, C,
+    H // 2, W // 2].
+
+    Op: norm_relu_pool_points(x, weight, bias, eps), on a GPU, without gradient.
+    """
+    return torch.stack(norm_relu_pool_reference(x, weight.flatten(), bias.flatten(), eps).chunk(len(weight), 1))
+
+
+def norm_relu_pool_points_fake(x, weight, bias, eps):
+    pooled = x.new_empty(len(weight), len(x), x.shape[2] // 2, x.shape[3] // 2, weight.shape[1])
+    return pooled.permute(0, 1, 4, 2, 3)
 
 
 #############################################
@@ -345,6 +360,7 @@ FAKES = {
     "cross_entropy_top1": cross_entropy_top1_fake,
     "norm_relu_pool": norm_relu_pool_fake,
     "norm_relu_pool_backward": norm_relu_pool_backward_fake,
+    "norm_relu_pool_points": norm_relu_pool_points_fake,
     "conv_norm_relu_pool": conv_norm_relu_pool_fake,
     "conv_norm_relu_pool_backward": conv_norm_relu_pool_backward_fake,
     "conv_norm_relu_pool_points": conv_norm_relu_pool_points_fake,

@@ -256,6 +256,10 @@ class SparseNetwork:
         if self.model.training or torch.is_grad_enabled():
             return self.after(0, images)
         self.ready()
+        return self.evaluate(images)
+
+    def evaluate(self, images):
+        """The network, made ready, in eval mode and without gradients."""
         return torch.cat([self.after(0, chunk) for chunk in images.split(CHUNK)])
 
     def ready(self):

@@ -36,6 +36,17 @@ def view(model, mask=None, skip=True, plans=None, sample=None):
     return SparseNetwork(model, mask, dense, plans)
 
 
+def made_ready(network):
+    """A function images -> logits of a view in eval mode, whose work on the parameters is done; or any network itself.
+
+    For many batches without gradients, between which the parameters stay.
+    """
+    if not isinstance(network, (Fused, SparseNetwork)):
+        return network
+    network.ready()
+    return network.evaluate
+
+
 def path(model, mask=None, skip=True):
     """ "sparse" or "dense": which way `view` takes, for the progress line."""
     sparse = ops.load() and dense_blocks(model, mask if skip else None) is not None

@@ -10,6 +10,7 @@
 #include "../../csrc/kernels/dsa.cuh"
 #include "../../csrc/kernels/masked_sgd.cuh"
 #include "../../csrc/kernels/norm_relu_pool.cuh"
+#include "../../csrc/kernels/norm_relu_pool_last.cuh"
 
 #include <climits>
 
@@ -309,6 +310,70 @@ void test_norm_relu_pool(int height, int width, const std::string& off = "", siz
   check("norm_relu_pool_backward " + what, error_backward, 4 * tolerance<T>);
 }
 
+// The last image of `images` channels_last ones, N channels at a time where all tensors allow it.
+template <class T, class A>
+void test_norm_relu_pool_last(int channels, int groups, int height, int width, const std::string& off = "",
+                              size_t images = 2) {
+  const int size = height * width, cells = height / 2 * (width / 2), of_group = channels / groups;
+  const size_t last = images - 1, at = last * size * channels, at_cells = last * cells * channels;
+  const double eps = 1e-5;
+  Tensor<T> x(images * size * channels, off == "x"), pooled(images * cells * channels, off == "pooled");
+  Tensor<T> grad(images * cells * channels, off == "grad"), dx(images * size * channels, off == "dx");
+  Tensor<A> weight(channels), bias(channels), mean(images * channels), rstd(images * channels);
+  Tensor<A> dweight(images * channels), dbias(images * channels);
+  x.fill(at, at + size * channels), grad.fill(at_cells, at_cells + cells * channels);
+  const T* none = nullptr;
+  const auto blocks_of = [&](int N) { return unsigned((channels + kLastLanes * N - 1) / (kLastLanes * N)); };
+  const auto launch = [&](auto packs) {
+    constexpr int N = decltype(packs)::value;
+    const simt::Part part(dim3(blocks_of(N) * last, 0), dim3(blocks_of(N)));
+    LAUNCH((norm_relu_pool_last_kernel<T, A, N>), blocks_of(N) * images, kLastThreads, 0, 0, (const T*)x.data,
+           (const A*)weight.data, (const A*)bias.data, pooled.data, mean.data, rstd.data, (long long)images, channels,
+           groups, height, width, A(eps));
+  };
+  const auto launch_backward = [&](auto packs) {
+    constexpr int N = decltype(packs)::value;
+    const simt::Part part(dim3(blocks_of(N) * last, 0), dim3(blocks_of(N)));
+    LAUNCH((norm_relu_pool_last_backward_kernel<T, A, N>), blocks_of(N) * images, kLastThreads, 0, 0,
+           (const T*)grad.data, (const T*)x.data, (const A*)weight.data, (const A*)bias.data, (const A*)mean.data,
+           (const A*)rstd.data, dx.data, dweight.data, dbias.data, channels, height, width);
+  };
+  using Many = std::integral_constant<int, kPack<T>>;
+  using One = std::integral_constant<int, 1>;
+  takes_packs<kPack<T>>(channels, groups, (const T*)x.data, (const T*)pooled.data, none) ? launch(Many()) : launch(One());
+  takes_packs<kPack<T>>(channels, 1, (const T*)x.data, (const T*)grad.data, (const T*)dx.data) ? launch_backward(Many())
+                                                                                               : launch_backward(One());
+  double error = 0, error_backward = 0;
+  for (int c = 0; c < channels; ++c) {
+    const double w = weight[c], b = bias[c];
+    double m = 0, v = 0, sum = 0, sum_normal = 0;
+    std::vector<double> normal(size), g(size, 0.), out(cells, 0.);
+    for (int i = 0; i < size; ++i) m += x[at + i * channels + c] / size;
+    for (int i = 0; i < size; ++i) v += (x[at + i * channels + c] - m) * (x[at + i * channels + c] - m) / size;
+    for (int i = 0; i < size; ++i) {
+      normal[i] = (x[at + i * channels + c] - m) / sqrt(v + eps);
+      const int row = i / width / 2, column = i % width / 2;
+      if (row >= height / 2 || column >= width / 2) continue;
+      const int cell = row * (width / 2) + column;
+      const double z = normal[i] * w + b;
+      out[cell] += std::max(z, 0.) / 4;
+      g[i] = z > 0 ? grad[at_cells + cell * channels + c] / 4 : 0;
+      sum += g[i], sum_normal += g[i] * normal[i];
+    }
+    for (int i = 0; i < cells; ++i)
+      keep_largest(error, pooled[((c / of_group * images + last) * cells + i) * of_group + c % of_group], out[i]);
+    for (int i = 0; i < size; ++i)
+      keep_largest(error_backward, dx[at + i * channels + c],
+                   w / sqrt(v + eps) * (g[i] - sum / size - normal[i] * sum_normal / size));
+    keep_largest(error_backward, value(dweight.data[last * channels + c]), sum_normal);
+    keep_largest(error_backward, value(dbias.data[last * channels + c]), sum);
+  }
+  const std::string what = std::string(name_of<T>) + " of " + std::to_string(channels) + " channels, " +
+                           std::to_string(height) + " x " + std::to_string(width) + " " + off;
+  check("norm_relu_pool_last " + what, error, tolerance<T>);
+  check("norm_relu_pool_last_backward " + what, error_backward, 4 * tolerance<T>);
+}
+
 void test_nan_passes_norm_relu_pool() {
   const int size = 8, pooled_size = 2;  // of a plane of 2 x 4, the first of two
   Tensor<float> x(2 * size), pooled(2 * pooled_size), weight(1), bias(1), mean(2), rstd(2);
@@ -391,6 +456,11 @@ void test_all_of() {
   test_norm_relu_pool<T, A, 32>(5, 7);
   test_norm_relu_pool<T, A, 32>(4, 7);
   test_norm_relu_pool<T, A, kNormThreads>(3, 64);
+  for (const char* off : {"", "x", "pooled", "grad", "dx"}) test_norm_relu_pool_last<T, A>(16, 1, 8, 8, off);
+  test_norm_relu_pool_last<T, A>(96, 3, 5, 7);
+  test_norm_relu_pool_last<T, A>(24, 2, 4, 7);
+  test_norm_relu_pool_last<T, A>(9, 3, 7, 4);
+  test_norm_relu_pool_last<T, A>(36, 3, 2, 2);  // of 12 channels, no whole packs of 8
   for (const char* off : {"", "x", "shortcut"}) test_bias_relu<T, A>(8, 16, false, true, off);
   for (const char* off : {"", "x", "bias"}) test_bias_relu<T, A>(16, 9, true, false, off);
   test_bias_relu<T, A>(3, 25, false, true);
@@ -412,6 +482,7 @@ void test_huge_tensors() {
   test_cross_entropy_top1<Half>(3121, 65535);  // more than 2^32 logits
   test_norm_relu_pool<Half, float, 32>(16, 32, "", (1 << 24) + 17);  // more than 2^31 cells
   test_norm_relu_pool<Half, float, kNormThreads>(16, 32, "", (1 << 24) + 17);
+  test_norm_relu_pool_last<Half, float>(32, 1, 16, 16, "", (1 << 18) + 3);  // more than 2^31 values
   test_dsa<4>(64, 64, {1, 0, .5f, 0, 1, .5f}, (1 << 17) + 2);
   test_bias_relu<Half, float, long long>(2, 1024, false, true, "", (1 << 20) + 1, 2048);
   test_bias_relu<Half, float, long long>(2, 1023, false, true, "", (1 << 20) + 2000, 2046);
