@@ -124,9 +124,8 @@ def build():
         from torch.utils import cpp_extension  # reads CUDA_HOME when imported
 
     cuda = torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
-    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     made_of = repr((sources_hash(), torch.__version__, cuda, compiler_version())).encode()
-    folder = cache / f"{NAME}-{hashlib.sha256(made_of).hexdigest()[:12]}"
+    folder = cache_folder() / f"{NAME}-{hashlib.sha256(made_of).hexdigest()[:12]}"
     library = folder / f"{NAME}.so"
     with one_build_at_a_time(folder), quietly():
         if not library.exists():
@@ -135,6 +134,13 @@ def build():
                                extra_cflags=cpu_flags(), extra_ldflags=THREADS,
                                extra_cuda_cflags=CUDA_FLAGS, build_directory=str(folder), is_python_module=False)
     return imported(importlib.util.spec_from_file_location(NAME, library))
+
+
+def cache_folder():
+    """Torch's cache of extensions."""
+    from torch.utils import cpp_extension
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
 
 
 def compiler_version():

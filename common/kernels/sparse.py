@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..networks import ConvNet3, ResNet, blocks_of
+from ..networks import ResNet, blocks_of
 from . import ops
 
 AFFINE, INSTANCE, BATCH = 0, 1, 2  # enum Norm of the compiled op
@@ -181,28 +181,6 @@ def supports(model):
     return blocks_of(model) is not None and first.dtype == torch.float32 and first.device.type == "cpu"
 
 
-def first_sparse_block(model, mask):
-    """The block from which on a network is sparse; the number of its blocks where that does not pay.
-
-    A convolution is faster here below a density measured with bench/bench_sparse.py --only auto; ConvNet3's is lower,
-    as its dense path is better. The blocks from the one returned on have most multiplications to save together.
-    """
-    crossover = .2 if isinstance(model, ConvNet3) else .29
-    area, savings = 1., []  # of an activation, in images; multiplications saved by each block
-    for block in blocks_of(model):
-        savings.append(0.)
-        for name, module in model.named_modules():
-            if name.partition(".")[0] not in block.modules():
-                continue
-            if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
-                area /= 4
-            if isinstance(module, nn.Conv2d):
-                area /= module.stride[0] ** 2 if "shortcut" not in name else 1
-                density = float(mask[f"{name}.weight"].float().mean())
-                savings[-1] += area * module.weight.numel() * (crossover - density)
-    return max(range(len(savings) + 1), key=lambda start: sum(savings[start:]))
-
-
 class SparseNetwork:
     """A view of `model` that computes images [N, C, H, W] -> logits [N, classes], sharing its parameters and buffers.
 
@@ -218,14 +196,17 @@ class SparseNetwork:
         self.parts = [view.run for view in dense]
         blocks = blocks_of(model)
         for block in blocks[len(dense):]:
-            if block.residual:
-                self.parts.append(self.residual_block(block))
-            else:
-                self.parts += self.plain_block(block, last=block is blocks[-1])
+            self.parts += self.parts_of(block)
         if isinstance(model, ResNet):
             self.parts.append(global_average_pool)
         linear = self.plans.setdefault("linear", {})
         self.parts.append(Classifier(model.linear, mask["linear.weight"], linear))
+
+    def parts_of(self, block):
+        """The steps of a sparse block, Blocked -> Blocked."""
+        if block.residual:
+            return [self.residual_block(block)]
+        return self.plain_block(block, last=block == blocks_of(self.model)[-1])
 
     def stage(self, layer, **options):
         plans = self.plans.setdefault(layer.conv, {})

@@ -11,8 +11,9 @@ from ..masks import whole_mask
 from ..networks import ConvNet3, ResNet, blocks_of
 from ..streams import global_generators_kept, seed_everything
 from . import ops
+from .crossover import first_sparse_block
 from .dense import Fused, is_known
-from .sparse import SparseNetwork, first_sparse_block, supports
+from .sparse import SparseNetwork, supports
 
 # How pruned weights are skipped on a CPU, for the whole process: "auto" (where that pays), "on" or "off".
 skip_zeros = ContextVar("skip_zeros", default="auto")
@@ -48,9 +49,11 @@ def made_ready(network):
 
 
 def path(model, mask=None, skip=True):
-    """ "sparse" or "dense": which way `view` takes, for the progress line."""
-    sparse = ops.load() and dense_blocks(model, mask if skip else None) is not None
-    return "sparse" if sparse else "dense"
+    """ "dense", "sparse" or "sparse from" a layer on: which way `view` takes, for the progress line."""
+    count = dense_blocks(model, mask if skip else None) if ops.load() else None
+    if count is None:
+        return "dense"
+    return f"sparse from {blocks_of(model)[count].modules()[0]}" if count else "sparse"
 
 
 def dense_blocks(model, mask):
