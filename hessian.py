@@ -43,6 +43,7 @@ from common.masks import apply_mask
 from common.networks import build_network
 from common.streams import random_stream
 
+FORMAT = "lottery-hessian-1"
 FIGURES = ("min", "max", "mean", "std", "mean_abs", "trace", "top_eigenvalue", "gauss_newton_share")
 PAPER = {("dense", 0): (-1.847, 1.344, .0048, .035, .0067), ("IMP", 60): (-3.073, 4.510, .0051, .0559, .0087),
          ("IMP", 90): (-6.323, 6.127, .0035, .0594, .0060), ("synthetic", 60): (-.982, 2.093, .0047, .0286, .0061),
@@ -635,7 +636,9 @@ def analyse(path, name, ticket, train, settings, args):
     file = result_file(args.out, name)
     if ranks.broadcast(file.exists()):
         earlier = files.load(file)
-        if not files.difference(earlier.get("settings", {}), settings, ignored=("sparse",)):
+        if not isinstance(earlier, dict) or earlier.get("format") != FORMAT:
+            raise UserError(f"{file} is in the result's place, but is none; choose another --out")
+        if not files.difference(earlier["settings"], settings, ignored=("sparse",)):
             return earlier | {"settings": settings}
     model = trained_network(path, name, ticket, train, args)
     order = torch.randperm(len(train), generator=random_stream(settings["batch_seed"], "hessian batches"))
@@ -649,7 +652,7 @@ def analyse(path, name, ticket, train, settings, args):
         else:
             measured.append(measure_estimate(*batch, args.weights, args.probes, generator))
     figures, diagonals, methods = zip(*measured)
-    result = {"format": "lottery-hessian-1", "settings": settings, "method": methods[-1],
+    result = {"format": FORMAT, "settings": settings, "method": methods[-1],
               "scopes": {scope: over_batches([batch[scope] for batch in figures]) for scope in figures[0]},
               **{key: ticket[key] for key in ("sparsity", "config", "masks")}}
     for part, first in diagonals[0].items():

@@ -85,6 +85,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
+    def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        for flag, value in zip(["the first argument", *argv], argv):
+            if not value.strip():
+                raise UserError(f"{flag}: empty, as a variable of the shell is that was not set")
+        return super().parse_args(argv)
+
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
@@ -140,7 +147,7 @@ def ticket_flags(parser):
     flag("--mask", nargs="+", default=[], metavar="FILE",
          help="mask files of prune.py or folders of them; with --dataset torch.nn.utils.prune states")
     flag("--dataset", help="of masks that name none; or without --mask, of a dense one (digits: offline)")
-    flag("--model", default="convnet3", help="of masks that name none, or of the dense one: convnet3, resnet10, resnet18 "
+    flag("--model", help="of masks that name none, or of the dense one: convnet3, resnet10, resnet18 "
                                              "or package.module:callable, whose code runs only when named (convnet3)")
     flag("--width", type=width, help="its channels in the first layer (convnet3: 128, resnet: 32)")
     flag("--norm", choices=("instance", "batch", "none"), help="its normalisation (convnet3: instance, resnet: batch)")

@@ -102,7 +102,7 @@ def train(model, split, recipe, generator, mask=None, until=None, training=None,
             for index in batches(training.order, recipe.batch_size)[training.step:]:
                 batch = augmented(split, index, recipe, generator)
                 if draws:
-                    seed_from(generator)
+                    seed_from(generator, model)
                 loss, hits = step(batch, lr)
                 training.losses.append(loss)
                 training.hits += hits

@@ -371,8 +371,28 @@ def test_export_loads_into_a_network_pruned_by_torch_and_comes_back(finished, ru
     for wrong in ("pruned.pt", finished / "trained_r3.pt"):
         with pytest.raises(UserError, match="neither a mask file"):
             run("--export", "again.pt", wrong)
-    with pytest.raises(UserError, match="would replace this input"):
-        run("--export", finished / "r3.pt", finished / "r3.pt")
+    for there in (finished / "r3.pt", finished / "r2.pt"):
+        with pytest.raises(UserError, match="is there already"):
+            run("--export", there, finished / "r3.pt")
+
+
+@pytest.mark.parametrize("kept", ["--start", "--distilled"])
+def test_an_input_in_the_folder_of_results_is_refused(finished, run, tmp_path, kept):
+    shutil.copytree(finished, tmp_path / "masks")
+    (tmp_path / "link").symlink_to("masks")
+    before = (tmp_path / "masks" / "r1.pt").read_bytes()
+    for out in ("masks", "link"):
+        with pytest.raises(UserError, match="choose another --out"):
+            run(*QUICK, kept, tmp_path / "masks" / "r1.pt", "--out", out, "--overwrite")
+    assert (tmp_path / "masks" / "r1.pt").read_bytes() == before
+
+
+def test_the_config_of_something_else_is_not_replaced(run, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "config.json").write_text('{"factor": 2}')
+    with pytest.raises(UserError, match="no run of prune.py"):
+        run(*QUICK, "--out", "set", "--overwrite")
+    assert (tmp_path / "set" / "config.json").read_text() == '{"factor": 2}'
 
 
 def test_trained_networks_are_plain_states(finished, run):
@@ -425,6 +445,8 @@ def test_plot_and_compare(finished, tmp_path, run, capsys):
     (("--start", "missing.pt"), "missing.pt"), (("--distilled", "missing.pt"), "missing.pt"), (("--width", "x"), "'x'"),
     (("--keep", "conv7*"), "fits none"), (("--keep", "*"), "nothing to prune"), (("--sparsity", 1), "--sparsity 1"),
     (("--rate", .2, "--sparsity", .9), "--rate with --sparsity"), (("--score", "snip", "--data", "random"), "no score"),
+    (("--out", ""), "--out: empty"), (("--distilled", " "), "--distilled: empty"),
+    (("--export", "x.json", "r1.pt"), ".pt or .pth"), (("--export", ".", "r1.pt"), ".pt or .pth"),
     (("--rewind", -1), "'-1'"), (("--plot", "nothing"), "nothing"), (("--compare", "a", "b"), "in common")])
 def test_bad_input_is_named_before_anything_is_written(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
