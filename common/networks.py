@@ -248,7 +248,8 @@ def build_own(name, config):
 def check_own(name, model):
     """Raises UserError unless what a user's callable returned is a module that can be worked with."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise UserError(f"model {name!r} gives a {type(model).__name__}, not a torch.nn.Module whose layers can be seen")
+        raise UserError(f"model {name!r} gives a {type(model).__name__}, not a torch.nn.Module whose layers can be "
+                        "seen")
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         raise UserError(f"model {name!r} has weights on the meta device, without values; build it on the CPU")
     if next(model.parameters(), None) is None:
@@ -410,7 +411,7 @@ def hidden_state(model):
 
 
 def name_surprises(model, hidden_before, unused):
-    """Notes on what a pass through the network has changed beside its state dict, and on weights that it has not met."""
+    """Notes on what a pass through the network changed beside its state dict, and on weights that it has not met."""
     hidden = hidden_state(model)
     changed = [name for name in hidden if hidden[name] != hidden_before.get(name)]
     if changed:

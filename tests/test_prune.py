@@ -572,6 +572,16 @@ def test_a_signal_within_a_round_saves_and_says_so(tmp_path, script, number, cod
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("training_*"))
 
 
+@pytest.mark.parametrize("redirection, code", [(">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), ("| true", 141),
+                                               (">/dev/full", 2)])
+def test_streams_that_are_closed_or_full_cost_no_traceback(tmp_path, redirection, code):
+    random_masks = f"{sys.executable} {ROOT / 'prune.py'} --dataset digits --data random --width 4 --rounds 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {random_masks} {redirection}"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert (tmp_path / "masks" / "r1.pt").exists() or code
+
+
 def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None

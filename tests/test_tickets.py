@@ -132,8 +132,8 @@ def test_masks_of_data_that_was_renamed_are_of_one_dataset():
 
 
 def arguments(**given):
-    return argparse.Namespace(**dict.fromkeys(("model", "width", "norm", "image_size", "dataset", "train_images", "seed"))
-                              | {"data_dir": "none"} | given)
+    flags = "model", "width", "norm", "image_size", "dataset", "train_images", "seed"
+    return argparse.Namespace(**dict.fromkeys(flags) | {"data_dir": "none"} | given)
 
 
 @pytest.mark.parametrize("given", [{"model": "resnet10"}, {"width": 8}, {"norm": "instance"}, {"image_size": 9}])
@@ -145,7 +145,8 @@ def test_flags_of_another_network_than_the_masks_are_refused(given):
 
 
 def test_pictures_are_read_in_the_size_that_the_masks_hold(tmp_path):
-    write_pictures(tmp_path / "pictures", [Image.new("RGB", (9 + i, 8), (60 * i, 9, 9)) for i in range(4)], [0, 0, 1, 1])
+    pictures = [Image.new("RGB", (9 + i, 8), (60 * i, 9, 9)) for i in range(4)]
+    write_pictures(tmp_path / "pictures", pictures, [0, 0, 1, 1])
     config = CONFIG | {"dataset": "elsewhere", "channels": 3, "num_classes": 2}
     read = dict(dataset=str(tmp_path / "pictures"), image_size=8)
     data.load_real(read, "none")
