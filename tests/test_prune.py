@@ -552,7 +552,7 @@ def test_evaluating_leaves_random_masks_and_their_weights_alone(own, tmp_path):
     assert all(torch.equal(value, init[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_within_a_round_saves_and_says_so(tmp_path, script, number, code):
     command = [sys.executable, str(ROOT / "prune.py"), "--dataset", "digits", "--data", "real", "--width", "8",
                "--train-images", "300", "--epochs", "60", "--eval-epochs", "1", "--rounds", "2", "--out", "masks"]
