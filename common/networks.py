@@ -429,9 +429,9 @@ def check_memory_apart(model):
         place = parameter.device, parameter.data_ptr()
         repeated = any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape))
         if repeated or parameter.numel() and at.setdefault(place, name) != name:
-            other = "itself" if repeated else at[place]
-            raise UserError(f"{name} is another parameter in the memory of {other}; share the parameter itself "
-                            "(b.weight = a.weight), or copy it (.clone())")
+            shared = "has several weights in one place of" if repeated else f"is another parameter than {at[place]} in its"
+            raise UserError(f"{name} {shared} memory; share the parameter itself (b.weight = a.weight), or copy it "
+                            "(.clone())")
 
 
 def check_logits(logits, count, num_classes):

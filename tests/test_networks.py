@@ -107,7 +107,7 @@ def plain_output(y, x):
 
 
 @pytest.mark.parametrize("make, message", [
-    (in_the_memory_of_another, "2.weight .* memory of 1.weight"), (one_row_for_all, "1.weight .* memory of itself"),
+    (in_the_memory_of_another, "2.weight .* 1.weight in its memory"), (one_row_for_all, "1.weight has several weights"),
     (lambda: OnlyInTraining(plain_output), "NoneType"), (lambda: ExtraState(plain_output), "_extra_state"),
     (lambda: Outputs(lambda y, x: y * float("nan")), "NaN"),
     (lambda: Outputs(lambda y, x: {"aux": y}), "without logits"), (lambda: Outputs(lambda y, x: None), "NoneType"),
