@@ -376,17 +376,20 @@ def save_run(run, out, config):
     """The set as data.pt and sheet.png, both 8 bits deep, and checkpoint.pt to go on from."""
     images = run.images.detach().cpu()
     labels = torch.arange(len(images)).repeat_interleave(config["ipc"])
-    files.save(out / "data.pt", [(images * 255).round().div(255).flatten(0, 1), labels])
-    files.write_atomically(out / "sheet.png", contact_sheet(images))
-    files.save(out / "checkpoint.pt", {
+    files.save(out / "checkpoint.pt", {  # first: without it the others are not this run's
         "config": config, "images": images, "optimizer": run.optimizer.state_dict(), "momenta": run.momenta,
         "network": run.network.state_dict() if run.network else None, "losses": run.losses, "minutes": run.minutes})
+    files.save(out / "data.pt", [(images * 255).round().div(255).flatten(0, 1), labels])
+    files.write_atomically(out / "sheet.png", contact_sheet(images))
 
 
 def load_checkpoint(out, config, device):
     """What save_run left in `out`, or None. Raises UserError when it is of another run, --outer apart."""
     path = out / "checkpoint.pt"
     if not path.exists():
+        others = [name for name in ("data.pt", "sheet.png", "config.json") if (out / name).exists()]
+        if others:
+            raise UserError(f"{out} holds {others[0]} of no run that could go on; give another --out")
         return None
     saved = files.load(path, device)
     different = files.difference(saved["config"], config, ignored=["outer"])

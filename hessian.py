@@ -44,6 +44,7 @@ from common.spectrum import Hessian, Spectrum, check_eval_mode, check_finite, ow
 from common.streams import random_stream
 from common.tangents import CURVED, bias_matters, carry, directions, entering, has_rule, linearise
 
+FORMAT = "lottery-hessian-1"
 FIGURES = ("min", "max", "mean", "std", "mean_abs", "trace", "top_eigenvalue", "gauss_newton_share")
 PAPER = {("dense", 0): (-1.847, 1.344, .0048, .035, .0067), ("IMP", 60): (-3.073, 4.510, .0051, .0559, .0087),
          ("IMP", 90): (-6.323, 6.127, .0035, .0594, .0060), ("synthetic", 60): (-.982, 2.093, .0047, .0286, .0061),
@@ -346,11 +347,13 @@ def analyse(path, name, ticket, train, settings, args):
 
 
 def earlier_result(file, settings):
-    """The result in a file, when it is of the same settings; else None."""
+    """The result in a file, when it is of the same settings; else None. Raises UserError for a file of another kind."""
     if not ranks.broadcast(file.exists()):
         return None
     earlier = files.load(file)
-    if files.difference(earlier.get("settings", {}), settings, ignored=("sparse",)):
+    if not isinstance(earlier, dict) or earlier.get("format") != FORMAT:
+        raise UserError(f"{file} is in the result's place, but is none; choose another --out")
+    if files.difference(earlier["settings"], settings, ignored=("sparse", "compile")):
         return None
     return earlier | {"settings": settings}
 
@@ -375,7 +378,7 @@ def measure(model, ticket, batches, settings):
             measured.append(measure_estimate(model, images, labels, ticket["masks"], settings["weights"],
                                              settings["probes"], generator))
     figures, diagonals, methods = zip(*measured)
-    result = {"format": "lottery-hessian-1", "settings": settings, "method": methods[-1],
+    result = {"format": FORMAT, "settings": settings, "method": methods[-1],
               "scopes": {scope: over_batches([batch[scope] for batch in figures]) for scope in figures[0]},
               **{key: ticket[key] for key in ("sparsity", "config", "masks")}}
     for part, first in diagonals[0].items():

@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +39,7 @@ import torch
 
 from common import cli, evaluation, files, ranks, tickets
 from common.bars import Bar
-from common.data import Dataset, fixed_subset, hardened
+from common.data import Dataset, fixed_subset
 from common.distilled import embedded_distilled, load_distilled
 from common.endpoints import endpoint, real_recipe, result_names, train_ahead
 from common.errors import UserError, note
@@ -338,7 +337,7 @@ def parse(argv=None):
     cli.ticket_flags(parser)
     flag = parser.add_argument_group("the plane").add_argument
     flag("--plane", choices=tuple(STATES_NEEDED), default="three", help="see above (three)")
-    flag("--orders", type=cli.at_least(1), default=4, help="endpoints, one for each data order (4)")
+    flag("--orders", type=cli.at_least(1, 1000), default=4, help="endpoints, one for each data order (4)")
     flag("--grid", type=cli.at_least(9, 2000), default=100, help="points along a side (100)")
     flag("--on", choices=("real", "test", "distilled"), default="real",
          help="data of the loss: training, test or the distilled set of the first synthetic mask (real)")
@@ -386,7 +385,7 @@ def distilled_split(chosen, train):
                         f"({config['distilled_fingerprint']})")
     if split.labels.ndim == 2:
         note(f"{path}: its labels are soft; losses are those of the likeliest classes")
-    return replace(split, labels=hardened(split.labels))
+    return split.hard()
 
 
 def train_planes(ticket_at, train, names, args):

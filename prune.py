@@ -40,7 +40,7 @@ from common import cli, evaluation, files, ranks, training
 from common.cli import at_least, positive, within
 from common.data import DATASETS, Dataset, load_real, random_subset
 from common.distilled import embedded_distilled, load_distilled
-from common.endpoints import check_apart, real_recipe
+from common.endpoints import check_folder_apart, real_recipe
 from common.errors import UserError
 from common.figures import draw_runs
 from common.masks import dense_mask, magnitude_mask, pruned, shuffled
@@ -219,6 +219,7 @@ def evaluate_ticket(path, model, ticket, config, train_split, test_split):
     model.load_state_dict(ticket["init"])
     train(f"evaluate r{number}", path, model, train_split, config, real_recipe(config), stream, ticket["masks"])
     score = evaluation.evaluate(model, test_split)
+    evaluation.check_losses([score.loss], f"evaluate r{number}")
     files.save(path.with_name(f"trained_{path.name}"), model.state_dict())
     return {"test_loss": score.loss, "test_accuracy": score.accuracy}
 
@@ -332,6 +333,8 @@ def other_run(out, config):
     if not path.exists():
         return "without a config.json" if round_files(out) else ""
     earlier = files.read_settings(path)
+    if "rate" not in earlier:
+        raise UserError(f"{path} is of no run of prune.py; choose another --out")
     key = changed_setting(earlier, config, MAY_CHANGE)
     return f"{key} {earlier.get(key)} -> {config.get(key)}" if key else ""
 
@@ -346,7 +349,10 @@ def export(to, path):
 
     Raises UserError.
     """
-    check_apart(to, [path])
+    if Path(to).suffix not in (".pt", ".pth"):
+        raise UserError(f"--export {to}: wanted a name that ends in .pt or .pth")
+    if Path(to).exists():
+        raise UserError(f"--export {to}: is there already; choose another name")
     files.save(to, portable_state(path))
 
 
@@ -554,6 +560,7 @@ def run_seed(config, out, args, distilled, real, device):
     if args.evaluate == []:
         evaluate = range(config["rounds"] + 1)
     check_search(model, data, real, config, evaluate)
+    check_folder_apart(out, [args.start, config["distilled"]])
     with files.owned(out):
         prepare_folder(out, config, args.overwrite)
         rows = search(model, data, config, out, real, start, evaluate)

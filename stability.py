@@ -134,6 +134,7 @@ def lines(model, states, mask, groups, train, test, settings):
         if groups:
             b = match_weights(a, b, groups, random_stream(settings["seed"], "align", i, j))
         curves = line(model, a, b, parts, settings["points"], None if groups else mask, refresh)
+        evaluation.check_losses(curves["train_loss"] + curves["test_loss"], f"the line between orders {i} and {j}")
         pairs.append({"orders": f"{i}-{j}"} | curves | barriers(curves))
     return pairs
 
@@ -401,7 +402,7 @@ def parse(argv=None):
     cli.ticket_flags(parser)
     flag = parser.add_argument_group("the line").add_argument
     flag("--compare", nargs="+", default=[], metavar="FILE", help="masks of a second family, or folder")
-    flag("--orders", type=cli.at_least(2), default=2, help="data orders; every pair is measured (2)")
+    flag("--orders", type=cli.at_least(2, 1000), default=2, help="data orders; every pair is measured (2)")
     flag("--points", type=cli.at_least(3, 10_001), default=11, help="alphas from 0 to 1, both ends included (11)")
     flag("--from-epoch", type=cli.at_least(0), default=0, metavar="K", help="orders share K first epochs (0)")
     flag("--bn", choices=("lerp", "recompute"), default="lerp",

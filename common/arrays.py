@@ -176,6 +176,10 @@ def as_bytes(arrays, what):
     spans = [span(array, what) for array in arrays]
     if len({array.dtype for array in arrays}) == 1:
         joint = Span(min(s.low for s in spans), max(s.high for s in spans), all(s.whole for s in spans))
+        for its in spans:
+            if not its.whole and its.high <= 1.001 < joint.high:
+                raise UserError(f"{what}: values of the images go to {its.high:g} in one part and to {joint.high:g} in "
+                                "another; wanted the same range in both")
         spans = [joint] * len(arrays)
     converted, notes = [], {}
     for array, its in zip(arrays, spans):
@@ -198,10 +202,10 @@ def eight_bits(images, its, what):
         return np.rint(images.clip(0, 1) * 255).astype(np.uint8), "kept in 8 bits"
     if 0 <= its.low and 128 <= its.high <= 255:
         return np.rint(images).astype(np.uint8), "rounded"
-    if images.dtype.kind == "u" and images.dtype.itemsize == 2:
+    if images.dtype.kind == "u" and images.dtype.itemsize == 2 and its.high >= 2 ** 15:
         return (images >> 8).astype(np.uint8), "of 16 bits the upper 8 are kept"
     raise UserError(f"{what}: values of the images ({images.dtype}) go from {its.low:g} to {its.high:g}; "
-                    "wanted 0 to 255, [0, 1] or 16 bits")
+                    "wanted 0 to 255, [0, 1] or 16 bits, all of them used")
 
 
 #############################################

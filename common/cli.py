@@ -2,6 +2,8 @@
 import argparse
 import ctypes
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,14 +26,34 @@ def keep_freed_memory():
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
+def open_streams():
+    """Give a closed stdin, stdout or stderr (`>&-`) to the null device: no file of ours may get its number."""
+    while os.open(os.devnull, os.O_RDWR) <= 2:
+        pass
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+
+
+def close_stdout():
+    """Let go of what cannot be printed, for the interpreter would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def run(main):
-    """Call a script's main() and turn a UserError into exit code 2, Ctrl-C into 130."""
+    """Call a script's main(); turn a UserError and what the system refuses into exit code 2, Ctrl-C into 130."""
+    open_streams()
     keep_freed_memory()
     interrupts.install()
     try:
         with ranks.all_ranks():
             main()
     except UserError as error:
+        fail(error)
+    except BrokenPipeError:  # `| head`
+        close_stdout()
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:  # a full disk behind stdout, too many open files
+        close_stdout()
         fail(error)
     except (MemoryError, torch.OutOfMemoryError) as error:
         fail(f"not enough memory: {error}; take a smaller network, batch or image")
@@ -84,6 +106,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        for flag, value in zip(["the first argument", *argv], argv):
+            if not value.strip():
+                raise UserError(f"{flag}: empty, as a variable of the shell is that was not set")
+        return super().parse_args(argv)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -140,7 +169,7 @@ def ticket_flags(parser):
     flag("--mask", nargs="+", default=[], metavar="FILE",
          help="mask files of prune.py or folders of them; with --dataset torch.nn.utils.prune states")
     flag("--dataset", help="of masks that name none; or without --mask, of a dense one (digits: offline)")
-    flag("--model", default="convnet3", help="of masks that name none, or of the dense one: convnet3, resnet10, resnet18 "
+    flag("--model", help="of masks that name none, or of the dense one: convnet3, resnet10, resnet18 "
                                              "or package.module:callable, whose code runs only when named (convnet3)")
     flag("--width", type=width, help="its channels in the first layer (convnet3: 128, resnet: 32)")
     flag("--norm", choices=("instance", "batch", "none"), help="its normalisation (convnet3: instance, resnet: batch)")

@@ -97,6 +97,7 @@ def read(path):
     """The rows of a table, as text; a line that a killed process left unfinished is none."""
     if not path.exists():
         return []
+    files.check_regular(path)
     try:
         whole, newline, _ = path.read_text().rpartition("\n")
         reader = csv.DictReader(io.StringIO(whole + newline))

@@ -63,6 +63,10 @@ class Split:
     def subset(self, index):
         return replace(self, images=self.images[index], labels=self.labels[index])
 
+    def hard(self):
+        """The same images with the likeliest class of every label."""
+        return replace(self, labels=hardened(self.labels))
+
 
 def hardened(labels):
     """The classes [N] of labels: of soft ones [N, classes], the likeliest."""
@@ -288,20 +292,24 @@ def read_dataset(place, size=None, name=None):
     if os.path.isfile(place):
         return read_arrays([(place, "train"), (place, "test")])
     if os.path.isfile(place / "train.npz"):
-        return read_arrays([(place / "train.npz", None), (held_out(place, ("test", "val", "valid"), ".npz"), None)])
-    folders = [place / "train", held_out(place, ("val", "valid", "validation", "test"))]
+        tested, notes = held_out(place, ("test", "val", "valid"), ".npz")
+        parts, more = read_arrays([(place / "train.npz", None), (tested, None)])
+        return parts, notes + more
+    tested, notes = held_out(place, ("val", "valid", "validation", "test"))
     channels = DATASETS[name].channels if name in DATASETS else None
-    parts, _, notes = read_folders(folders, size, channels, IMAGENET10 if name == "imagenet10" else None)
-    return parts, notes
+    wanted = IMAGENET10 if name == "imagenet10" else None
+    parts, _, more = read_folders([place / "train", tested], size, channels, wanted)
+    return parts, notes + more
 
 
 def held_out(place, names, suffix=""):
-    """The folder or file in `place` that is tested on. Raises UserError when there is none."""
-    for name in names:
-        if os.path.exists(place / f"{name}{suffix}"):
-            return place / f"{name}{suffix}"
-    wanted = " or ".join(f"{name}{suffix}" for name in names)
-    raise UserError(f"{place}: holds {inside(place)}; wanted {wanted} beside train{suffix}")
+    """(the folder or file in `place` that is tested on, notes on others). Raises UserError when there is none."""
+    found = [place / f"{name}{suffix}" for name in names if os.path.exists(place / f"{name}{suffix}")]
+    if not found:
+        wanted = " or ".join(f"{name}{suffix}" for name in names)
+        raise UserError(f"{place}: holds {inside(place)}; wanted {wanted} beside train{suffix}")
+    others = listed(other.name for other in found[1:])
+    return found[0], [f"{place}: tested on {found[0].name}; left out: {others}"] if others else []
 
 
 def read_arrays(sources):

@@ -68,21 +68,33 @@ def read_distilled(path, dataset):
     value = read_value(path)
     if torch.is_tensor(value) or isinstance(value, np.ndarray):
         return read_halves(path, value)
-    images, labels = images_and_labels(value)
+    images, labels = images_and_labels(value, path)
     if images is None:
         raise UserError(f"{path}: not a distilled set of a known format (holds {kinds(value)}; wanted {WANTED})")
     return as_array(images, path), None if labels is None else as_array(labels, path)
 
 
-def images_and_labels(value):
+def images_and_labels(value, path):
     """The two in what torch.save wrote: a list, a dict, or DC's, DSA's and DM's {"data": [..., [images, labels]]}."""
     if isinstance(value, dict) and isinstance(value.get("data"), (list, tuple)) and value["data"]:
         value = value["data"][-1]  # one a repetition
-    if isinstance(value, dict):
-        return value.get(find_member(value, IMAGES)), value.get(find_member(value, LABELS))
+    names = 0, 1
     if isinstance(value, (list, tuple)):
-        return value[0] if value else None, value[1] if len(value) > 1 else None
-    return None, None
+        value = dict(enumerate(value))
+    elif isinstance(value, dict):
+        names = find_member(value, IMAGES), find_member(value, LABELS)
+    else:
+        return None, None
+    name_left_out(path, {name: part.shape for name, part in value.items() if hasattr(part, "shape")}, *names)
+    return value.get(names[0]), value.get(names[1])
+
+
+def name_left_out(path, shapes, images, labels):
+    """A note about arrays {name: shape} with a row an image beside the two that are read: other labels, an average."""
+    rows = shapes.get(images, ())[:1]
+    others = [name for name, shape in shapes.items() if rows and shape[:1] == rows and name not in (images, labels)]
+    if others:
+        note(f"{path}: left out: {listed(others)}")
 
 
 def read_value(path):
@@ -129,6 +141,7 @@ def read_npz(path):
     images, labels = find_member(heads, IMAGES), find_member(heads, LABELS)
     if images is None:
         raise UserError(f"{path}: holds {described(heads)}; wanted images and labels")
+    name_left_out(path, {name: head.shape for name, head in heads.items() if head}, images, labels)
     return read_member(path, images, heads[images]), labels and read_member(path, labels, heads[labels])
 
 

@@ -34,6 +34,13 @@ def check_apart(result, inputs):
             raise UserError(f"{result}: the result would replace this input; choose another --out")
 
 
+def check_folder_apart(folder, inputs):
+    """Raises UserError where one of the `inputs` of the command is the folder of its results, or lies in it."""
+    for path in filter(None, inputs):
+        if Path(folder).resolve() in (Path(path).resolve(), Path(path).resolve().parent):
+            raise UserError(f"{folder} holds {path}, which this command reads; choose another --out")
+
+
 def real_recipe(config, epochs=None, lr=None, batch_size=None):
     """The Recipe of a ticket's training on real data: as given here, else its config's eval_..., else its search's."""
     given = {"lr": lr or config.get("eval_lr"), "batch_size": batch_size or config.get("eval_batch_size")}
@@ -73,6 +80,8 @@ def kept_endpoint(path, identity, device, overwrite):
     if not path.exists():
         return None
     kept = files.load(path, device)
+    if not isinstance(kept, dict) or kept.get("format") != ENDPOINT_FORMAT:
+        raise UserError(f"{path} is in an endpoint's place, but is none; choose another folder")
     different = files.difference({key: kept.get(key) for key in identity}, identity)
     if not different:
         return kept

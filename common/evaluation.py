@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .errors import UserError
 from .kernels import points, views
 from .masks import apply_mask, surviving
 from .networks import logits_of
@@ -20,7 +21,8 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model, split, batch_size=500):
-    """Score of `model` on `split` without augmentation, in eval mode; sums in float64."""
+    """Score of `model` on `split` without augmentation, in eval mode; sums in float64. Soft labels are hardened."""
+    split = split.hard()
     network = views.made_ready(views.view(model.eval(), surviving(model), sample=split.batch(slice(0, 2))))
     total = torch.zeros(3, dtype=torch.float64, device=split.labels.device)
     for start in range(0, len(split), batch_size):
@@ -76,7 +78,9 @@ def evaluate_points(model, states, coefficients, splits, mask=None, refresh=None
 
     `model` is scratch space: it ends at the last point. `refresh`, a split, re-estimates BatchNorm statistics at
     every point; without it the statistics are combined like the weights. `progress()` is called after each point.
+    Soft labels are hardened.
     """
+    splits = [split.hard() for split in splits]
     if not refresh and points.can_batch(model, splits[0].batch(slice(0, 2))):
         sums = points.sums_at_points(model, states, coefficients, splits, mask, progress)
         model.load_state_dict(combine(states, coefficients[-1], mask))
@@ -91,6 +95,13 @@ def evaluate_points(model, states, coefficients, splits, mask=None, refresh=None
         if progress:
             progress()
     return scores
+
+
+def check_losses(losses, what):
+    """Raises UserError for losses that are not finite: weights can be, and be too large for their products."""
+    for loss in losses:
+        if not math.isfinite(loss):
+            raise UserError(f"{what}: the loss is {loss}, the training has diverged; try a lower --lr")
 
 
 def mean_and_std(values):

@@ -99,7 +99,7 @@ def load(path, device="cpu"):
     except UserError:
         raise
     except Exception as error:  # torch.load and np.load raise almost any type on a damaged file
-        kind = "a JSON file" if path.suffix == ".json" else f"a {path.suffix or '.pt'} file of plain tensors"
+        kind = "a JSON file" if path.suffix == ".json" else "a file of plain tensors"
         raise UserError(f"{path}: damaged, or not {kind} ({reason(error)})") from None
 
 
@@ -108,6 +108,8 @@ def load_tensors(path, device="cpu"):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             check_memory(path, sum(member.file_size for member in archive.infolist()))
+            if archive.testzip():  # torch.load does not look
+                raise UserError(f"{path}: damaged: the checksum of {archive.testzip()} in it does not fit")
     with torch.serialization.safe_globals(NUMPY), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old and sparse tensors
         return torch.load(path, map_location=device, weights_only=True)
@@ -117,6 +119,8 @@ def reason(error):
     """What an exception says, in a few words."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # what torch.load is about, after much advice
     code = re.search(r"GLOBAL (\S+)", text)
+    if text.startswith("Unsupported operand"):  # the first byte that no pickle has
+        return "no file of torch.save"
     if code:
         return f"it holds a {code[1]}, whose code is not run"
     line = text.split("\n")[0][:100]
@@ -143,6 +147,7 @@ def check_memory(what, size):
 
 def read_csv(path, needed):
     """Rows of a table of numbers as floats, empty cells left out. UserError when a row lacks one of the columns `needed`."""
+    check_regular(path)
     try:
         with open(path, newline="") as file:
             rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
@@ -175,9 +180,12 @@ def locked(path, wait=False):
     """
     import fcntl
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = open(path, "w")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w")
+        except OSError as error:
+            raise UserError(f"cannot write in {path.parent}: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

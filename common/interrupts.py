@@ -1,9 +1,10 @@
-"""Ctrl-C and SIGTERM (Slurm, spot machines): a training ends its step and saves; everything else stops at once."""
+"""Ctrl-C, SIGTERM (Slurm, spot machines), SIGHUP (a lost connection): a training ends its step and saves; everything
+else stops at once."""
 import contextlib
 import signal
 import threading
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
@@ -18,9 +19,14 @@ def stop(number, frame):
     raise Stopped(number)
 
 
+def heeded():
+    """The signals that stop the process: those that nohup and the like have not told it to ignore."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def install():
-    """From here on both signals raise Stopped."""
-    for number in SIGNALS:
+    """From here on the signals raise Stopped."""
+    for number in heeded():
         signal.signal(number, stop)
 
 
@@ -31,7 +37,7 @@ def deferred():
         yield lambda: None
         return
     came = []
-    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS}
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in heeded()}
     try:
         yield lambda: came[0] if came else None
     finally:

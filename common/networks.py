@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import UserError
+from .errors import UserError, listed, note
 from .streams import global_generators_kept, seed_everything
 
 #############################################
@@ -68,7 +68,11 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Sequential):
-    """ResNet of basic blocks; 7x7/2 stem and max pooling above 64 pixels, else a 3x3 stem (paper's code)."""
+    """ResNet of basic blocks; 7x7/2 stem and max pooling above 64 pixels, else a 3x3 stem (paper's code).
+
+    On MNIST, Fashion-MNIST and SVHN IDC's code has these widths on CIFAR alone, elsewhere those of ImageNet (64 to
+    512: --width 64), and does not pad 28 pixels.
+    """
 
     def __init__(self, blocks, channels, image_size, num_classes, width, norm="batch"):
         super().__init__()
@@ -237,9 +241,21 @@ def build_own(name, config):
         raise UserError(f"cannot build model {name!r}: {reason_of(error)}") from error
     finally:
         sys.path.remove(os.getcwd())
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model {name!r} gives a {type(model).__name__}, not a torch.nn.Module")
+    check_own(name, model)
     return model
+
+
+def check_own(name, model):
+    """Raises UserError unless what a user's callable returned is a module that can be worked with."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise UserError(f"model {name!r} gives a {type(model).__name__}, not a torch.nn.Module whose layers can be "
+                        "seen")
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        raise UserError(f"model {name!r} has weights on the meta device, without values; build it on the CPU")
+    if next(model.parameters(), None) is None:
+        raise UserError(f"model {name!r} has no parameters; layers are made when it is built, not in forward")
+    if not all(result is model for result in (model.eval(), model.train(), model.to("cpu"))):
+        raise UserError(f"model {name!r}: its eval, train or to does not return the module, as those of nn.Module do")
 
 
 def has_lazy_layers(model):
@@ -345,7 +361,7 @@ def left_alone(model):
 
 
 def check_network(model, images, labels, num_classes):
-    """Try a forward and backward pass of a few images [N, C, H, W] in train mode, before anything is written.
+    """Try a forward and backward pass of a few images [N, C, H, W], and one in eval mode, before anything is written.
 
     The model is left as it was. Raises UserError for what cannot be pruned or trained.
     """
@@ -354,16 +370,25 @@ def check_network(model, images, labels, num_classes):
         if computed:
             raise UserError(f"{name}.weight is computed from other parameters (weight_norm, spectral_norm or another "
                             "parametrization), so it cannot be pruned; build the network without")
+    held = [name for name, value in model.state_dict().items() if not torch.is_tensor(value)]
+    if held:
+        raise UserError(f"the network's state dict holds {listed(held)}, no tensors, which mask files cannot keep")
+    check_memory_apart(model)
     if not prunable(model):
         raise UserError("the network has no weights to prune: no trainable convolution or linear layer")
     hooks = [module.register_forward_pre_hook(refuse_single_values) for module in model.modules()
              if isinstance(module, (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))]
     try:
         with left_alone(model):
-            logits = logits_of(model.train()(images))
+            before = hidden_state(model.train())
+            logits = logits_of(model(images.clone()))
             check_logits(logits, len(images), num_classes)
-            weights = [p for p in model.parameters() if p.requires_grad]
-            torch.autograd.grad(F.cross_entropy(logits.float(), labels), weights, allow_unused=True)
+            weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            found = torch.autograd.grad(F.cross_entropy(logits.float(), labels), list(weights.values()),
+                                        allow_unused=True)
+            name_surprises(model, before, [name for name, g in zip(weights, found) if g is None])
+            with torch.no_grad():
+                check_logits(logits_of(model.eval()(images.clone())), len(images), num_classes)
     except UserError:
         raise
     except Exception as error:  # a user's code may raise anything
@@ -374,12 +399,49 @@ def check_network(model, images, labels, num_classes):
             hook.remove()
 
 
+def hidden_state(model):
+    """{name: value} of the numbers and tensors that modules hold beside their state dict, as text."""
+    values = {}
+    for path, module in model.named_modules():
+        beside = vars(module) | {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        for name, value in beside.items():
+            if isinstance(value, (int, float)) or torch.is_tensor(value):
+                values[f"{path}.{name}".lstrip(".")] = value.tolist() if torch.is_tensor(value) else value
+    return values
+
+
+def name_surprises(model, hidden_before, unused):
+    """Notes on what a pass through the network changed beside its state dict, and on weights that it has not met."""
+    hidden = hidden_state(model)
+    changed = [name for name in hidden if hidden[name] != hidden_before.get(name)]
+    if changed:
+        note(f"the network changes {listed(changed)}, which is no part of its state dict: a run that goes on after a "
+             "stop will not end with the same bits")
+    idle = [name for name in prunable(model) if name in unused]
+    if idle:
+        note(f"the network does not use {listed(idle)}, pruned like all the others; --keep leaves them out")
+
+
+def check_memory_apart(model):
+    """Raises UserError for two parameters in the same memory, or one in which places share it: one weight, one mask."""
+    at = {}
+    for name, parameter in model.named_parameters():
+        place = parameter.device, parameter.data_ptr()
+        repeated = any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape))
+        if repeated or parameter.numel() and at.setdefault(place, name) != name:
+            shared = "has several weights in one place of" if repeated else f"is another parameter than {at[place]} in its"
+            raise UserError(f"{name} {shared} memory; share the parameter itself (b.weight = a.weight), or copy it "
+                            "(.clone())")
+
+
 def check_logits(logits, count, num_classes):
     """Raises UserError unless `logits` is [count, num_classes]; without num_classes, [count, any number]."""
     if logits.ndim != 2 or len(logits) != count or num_classes not in (None, logits.shape[1]):
         shape = " x ".join(map(str, logits.shape))
         raise UserError(f"the network returns {shape} for {count} images, wanted {count} x "
                         f"{num_classes or 'classes'}: logits of the dataset's classes")
+    if not logits.isfinite().all():
+        raise UserError("the network returns NaN or infinity before any training")
 
 
 def refuse_single_values(module, inputs):

@@ -18,6 +18,8 @@ FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "IM", "JPEG", "JPEG2000", 
            "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM")  # those that start no other program
 SYSTEM = ("__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found")
 STRIP = 64  # times longer than wide: no picture
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+           8: "ROTATE_90"}  # how a picture is turned that a camera took so, by its Exif orientation
 
 #############################################
 #                  Surprises                #
@@ -249,6 +251,10 @@ def decode(file, surprises, size=None):
     """A picture as uint8 [1 or 3, H, W]; with `size`, resized and cut to it."""
     def read(picture):
         flat = flattened(picture, file, surprises)
+        orientation = picture.getexif().get(0x0112)
+        if orientation in UPRIGHT:
+            surprises.add("pictures that a turned camera took (Exif), turned upright", file)
+            flat = flat.transpose(Image.Transpose[UPRIGHT[orientation]])
         if size and flat.size != (size, size):
             surprises.add(f"pictures resized to {size} x {size}, their centre cut out", file)
             flat = fit(flat, size)
@@ -263,7 +269,10 @@ def flattened(picture, file, surprises):
     sixteen = picture.mode.startswith("I;16") or picture.mode == "I" and picture.format in ("PNG", "PPM")
     if sixteen:
         surprises.add("pictures of 16 bits, of which the upper 8 are read", file)
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        values = np.asarray(picture)
+        if values.max() < 2 ** 12:
+            surprises.add("pictures of 16 bits with values below 4,096, nearly black in the upper 8", file)
+        return Image.fromarray((values >> 8).astype(np.uint8))
     if picture.mode.startswith(("I", "F")):
         raise UserError(f"{file}: pixels of 32 bits (mode {picture.mode}), wanted 8 or 16")
     mode = "L" if picture.mode in ("1", "L", "LA", "La") else "RGB"

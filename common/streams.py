@@ -35,7 +35,19 @@ def seed_everything(seed):
     random.seed(seed)
 
 
-def seed_from(generator):
-    """Seed the global generators by the state of `generator`, which stays as it is: what they give repeats with it."""
+def seed_from(generator, model):
+    """Seed the global generators, and those that modules hold, by the state of `generator`, which stays as it is.
+
+    What they give repeats with it.
+    """
     digest = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
-    seed_everything(int.from_bytes(digest[:4], "big"))
+    seed = int.from_bytes(digest[:4], "big")
+    seed_everything(seed)
+    for module in model.modules():
+        for held in vars(module).values():
+            if isinstance(held, torch.Generator):
+                held.manual_seed(seed)
+            elif isinstance(held, random.Random):
+                held.seed(seed)
+            elif isinstance(held, np.random.Generator):
+                held.bit_generator.state = type(held.bit_generator)(seed).state

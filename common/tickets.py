@@ -1,4 +1,5 @@
 """Tickets: masks with their initial weights, and the files r<n>.pt that hold them."""
+import functools
 import hashlib
 import itertools
 from pathlib import Path
@@ -34,14 +35,14 @@ def load_ticket(path, config=None, device="cpu", model=None, code=None):
 
     It must fit the network that its config describes, or the `model` at hand, of which a config need not know. A file
     may name a user's network, but its code is imported only when it is the one that `code` names. Also takes a state
-    dict of torch.nn.utils.prune, for the network that `config` describes. Raises UserError.
+    dict of torch.nn.utils.prune, for the network that `config`, or what it returns, describes. Raises UserError.
     """
     held = load(path, device)
     if not (isinstance(held, dict) and held.get("format") == FORMAT):
         state = state_dict_of(path, held)
         if config is None:
             raise UserError(f"{path}: a torch.nn.utils.prune state dict names no network; give --model and --dataset")
-        held = from_torch_prune(path, state, config)
+        held = from_torch_prune(path, state, config() if callable(config) else config)
     check_ticket(path, held, model, code)
     return held
 
@@ -343,18 +344,20 @@ def load_tickets(paths, args, device):
     `args` holds what cli.ticket_flags adds. Without paths: the dense network of --dataset, under the path
     <dataset>/dense.pt. Raises UserError.
     """
-    unnamed, real = unnamed_config(args, device) if args.dataset else (None, None)
-    if not (unnamed or paths):
+    if not (args.dataset or paths):
         raise UserError("no --mask given; --dataset digits takes a dense network and needs no mask file")
-    tickets = {path: load_ticket(path, unnamed, device, code=args.model) for path in ticket_files(paths)}
+    by_flags = functools.cache(lambda: unnamed_config(args, device))  # asked for only where a mask names no network
+    config_of = (lambda: by_flags()[0]) if args.dataset else None
+    tickets = {path: load_ticket(path, config_of, device, code=args.model) for path in ticket_files(paths)}
     if not paths:
+        unnamed = config_of()
         model = build_network(unnamed, unnamed["seed"]).to(device)
         path = Path(unnamed["dataset"]) / "dense.pt"
         tickets[path] = make_ticket(0, dense_mask(model), model.state_dict(), unnamed, {})
     config = common_config(tickets)
-    if args.dataset:
-        check_name(args.dataset, config)
+    check_flags(args, config)
     config |= {key: getattr(args, key) for key in ("dataset", "train_images") if getattr(args, key)}
+    real = by_flags()[1] if by_flags.cache_info().currsize else None
     if real is None or real[0].fingerprint != config.get("data_fingerprint"):
         real = data.load_real(config, args.data_dir, device)
     train, test = data.fixed_subset(real[0], config.get("train_images"), "subset"), real[1]
@@ -367,8 +370,8 @@ def load_tickets(paths, args, device):
 
 def unnamed_config(args, device):
     """(config, (train, test)) of the network that --model, --dataset, --width and --norm describe, on real data."""
-    config = dict(model=args.model, dataset=args.dataset, width=args.width, norm=args.norm, seed=args.seed or 0,
-                  image_size=args.image_size, data="real", eval_epochs=60)
+    config = dict(model=args.model or "convnet3", dataset=args.dataset, width=args.width, norm=args.norm,
+                  seed=args.seed or 0, image_size=args.image_size, data="real", eval_epochs=60)
     real = data.load_real(config, args.data_dir, device)
     if config["image_size"] > 64:
         config |= dict(augment="imagenet", cutmix=1.)
@@ -385,7 +388,8 @@ def common_config(tickets):
     for path, other in tickets.items():
         for key in ("model", "dataset", "width", "norm", "image_size", "train_images"):
             one, two = config.get(key), other["config"].get(key)
-            if one != two:
+            told_by_content = key == "dataset" and has_fingerprint(config) and has_fingerprint(other["config"])
+            if one != two and not told_by_content:
                 raise UserError(f"{path} has {key} {two}, {first_path} {one}; give masks of one network and dataset")
         sha = other["config"].get("data_fingerprint")
         if sha and config.get("data_fingerprint") not in (None, sha):
@@ -395,8 +399,23 @@ def common_config(tickets):
     return config
 
 
-def check_name(dataset, config):
-    """Raises UserError when --dataset is not the tickets' and no fingerprint will tell whether it holds their data."""
-    name = data.dataset_name(dataset)
-    if config.get("data_fingerprint") is None and name != data.dataset_name(config["dataset"]):
-        raise UserError(f"the masks are of dataset {config['dataset']}, not --dataset {dataset}")
+def has_fingerprint(config):
+    return config.get("data_fingerprint") is not None
+
+
+def check_flags(args, config):
+    """Raises UserError for a flag that describes another network or dataset than the masks' `config` does."""
+    for key in ("model", "width", "norm", "image_size"):
+        given, own = getattr(args, key), config.get(key)
+        usual = own is None and shapes_of(config) == shapes_of(config | {key: given})
+        if given not in (None, own) and not usual:
+            raise UserError(f"--{key.replace('_', '-')} {given}: the masks name their network, of {key} "
+                            f"{own or 'as usual'}; leave the flag out")
+    same_name = args.dataset and data.dataset_name(args.dataset) == data.dataset_name(config["dataset"])
+    if args.dataset and not same_name and not has_fingerprint(config):
+        raise UserError(f"the masks are of dataset {config['dataset']}, not --dataset {args.dataset}")
+
+
+def shapes_of(config):
+    with torch.device("meta"):
+        return kinds(build_network(config).state_dict())

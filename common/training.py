@@ -105,7 +105,7 @@ def train(model, split, recipe, generator, mask=None, until=None, training=None,
             left = batches(training.order, recipe.batch_size)[training.step:]
             for draws in epoch_of(left, lr, split, recipe, generator):
                 if draws_itself:
-                    seed_from(generator)
+                    seed_from(generator, model)
                 loss, hits = step(draws)
                 training.losses.append(loss)
                 training.hits += hits

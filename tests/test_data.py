@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.data import DATASETS, Dataset, load_real
 from common.distilled import load_distilled
@@ -83,7 +83,8 @@ UNCLEAR = {
     "four channels": lambda x, y: (x.repeat(2, 3)[..., :4], y), "three by three": lambda x, y: (x[:, :3, :3], y),
     "rows": lambda x, y: (x.reshape(40, -1), y), "none": lambda x, y: (x[:0], y[:0]),
     "normalised": lambda x, y: ((x - 100.) / 50, y), "percent": lambda x, y: (x / 2.56, y),
-    "signed": lambda x, y: (x.astype(np.int8), y), "12 of 32 bits": lambda x, y: (x.astype(np.int32) * 16, y),
+    "signed": lambda x, y: (x.astype(np.int8), y), "12 of 16 bits": lambda x, y: (x.astype(np.uint16) * 16, y),
+    "12 of 32 bits": lambda x, y: (x.astype(np.int32) * 16, y),
     "not finite": lambda x, y: (np.where(x > 250, np.nan, x), y),
     "infinite": lambda x, y: (np.where(x > 250, np.inf, x), y), "complex": lambda x, y: (x + 0j, y),
     "text": lambda x, y: (x.astype(str), y), "constant": lambda x, y: (x * 0, y),
@@ -102,6 +103,13 @@ def test_what_is_unclear_is_refused(tmp_path, name):
     with pytest.raises(UserError, match="train.npz|labels|class") as refused:
         load(save(tmp_path, *UNCLEAR[name](*pictures())))
     assert plain(refused.value) == str(refused.value)
+
+
+def test_parts_in_different_ranges_are_refused(tmp_path):
+    images, labels = pictures()
+    np.savez(tmp_path / "own.npz", x_train=images / 255, y_train=labels, x_test=images / 1., y_test=labels)
+    with pytest.raises(UserError, match="to 1 in one part and to 255 in another"):
+        load(tmp_path / "own.npz")
 
 
 def test_wrong_names_are_named_with_what_they_hold(tmp_path):
@@ -250,6 +258,30 @@ def test_sixteen_bits_palettes_and_transparency(tmp_path, capsys):
     assert torch.equal(train.images[1, :, 4:], torch.from_numpy(clear[4:, :, :3]).permute(2, 0, 1))
     assert (train.images[2] == train.images[2, :1]).all()
     assert "transparent parts, laid on white: 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_of_a_turned_camera_are_upright(tmp_path, orientation, capsys):
+    image = Image.fromarray(pictures(1)[0][0])
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    for part in ("train", "val"):
+        for name in "ab":
+            (tmp_path / part / name).mkdir(parents=True)
+            image.save(tmp_path / part / name / "x.png", exif=tag)
+    image.save(tmp_path / "x.png", exif=tag)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))
+    train, _ = load(tmp_path)
+    assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), np.asarray(upright))
+    assert ("turned upright: 4" in capsys.readouterr().err) == (orientation > 1)
+
+
+def test_a_second_set_to_test_on_and_dark_pictures_of_16_bits_are_named(tmp_path, capsys):
+    dark = Image.fromarray((pictures(1, channels=1)[0][0, ..., 0].astype(np.uint16) * 16))
+    write_pictures(tmp_path, [dark, dark], [0, 1], parts=("train", "val", "test"))
+    load(tmp_path)
+    err = capsys.readouterr().err
+    assert "tested on val; left out: test" in err and "nearly black" in err
 
 
 def test_pictures_of_any_size_are_resized_and_cut():

@@ -192,6 +192,14 @@ def test_a_class_without_images_is_named():
         distill.class_members(real.subset(real.labels < 9), config)
 
 
+def test_a_set_of_others_is_not_replaced(tmp_path):
+    for name in ("data.pt", "sheet.png", "config.json"):
+        (tmp_path / name).mkdir(parents=True)
+        with pytest.raises(UserError, match=f"holds {name}"):
+            distill.load_checkpoint(tmp_path, {}, "cpu")
+        (tmp_path / name).rmdir()
+
+
 def test_another_run_in_the_same_folder_is_refused(tmp_path):
     real, config = digits("select")
     distill.distill(real, config, tmp_path)

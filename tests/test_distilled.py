@@ -137,6 +137,17 @@ def test_of_several_pairs_the_best_is_taken_or_none(tmp_path, stored):
         load_distilled(tmp_path / "images_best.pt", CIFAR, 3)
 
 
+def test_what_lies_beside_images_and_labels_is_named(tmp_path, stored, capsys):
+    images, labels = stored
+    soft = F.one_hot(labels, 10) * .9
+    torch.save({"images": images, "labels": labels, "soft_labels": soft, "lr": torch.tensor(.1)}, tmp_path / "a.pt")
+    torch.save([images, labels, soft], tmp_path / "b.pt")
+    np.savez(tmp_path / "c.npz", images=images, labels=labels, images_ema=images)
+    for name, beside in (("a.pt", "soft_labels"), ("b.pt", "2"), ("c.npz", "images_ema")):
+        load_distilled(tmp_path / name, CIFAR, 3)
+        assert f"left out: {beside}\n" in capsys.readouterr().err
+
+
 def test_soft_labels_stay_soft_and_train(tmp_path, stored):
     shares = (4 * F.one_hot(stored[1], 10) + torch.rand(30, 10, generator=random_stream(5))).softmax(1)
     torch.save([stored[0], shares], tmp_path / "data.pt")

@@ -1,12 +1,14 @@
 """Losses of networks and of points against sums written out; BatchNorm's statistics."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from samples import blobs, config, half_mask
 
-from common.evaluation import evaluate, evaluate_points, refresh_batchnorm
+from common.errors import UserError
+from common.evaluation import check_losses, evaluate, evaluate_points, refresh_batchnorm
 from common.masks import apply_mask
 from common.networks import build_network
 from common.streams import random_stream
@@ -47,3 +49,18 @@ def test_batchnorm_refresh_is_the_average_over_batches():
     variances = torch.stack([p.transpose(0, 1).flatten(1).var(1) for p in parts])
     assert torch.allclose(norm.running_var, variances.mean(0), atol=1e-5)
     assert norm.momentum == .1 and not norm.training
+
+
+def test_soft_labels_count_as_their_likeliest_class():
+    model, split = build_network(config(width=4, image_size=8, num_classes=3)), blobs(3)
+    soft = replace(split, labels=F.one_hot(split.labels, 3) * .6 + .1)
+    states = [model.state_dict()] * 2
+    assert evaluate(model, soft) == evaluate(model, split)
+    assert evaluate_points(model, states, [(.5, .5)], [soft]) == evaluate_points(model, states, [(.5, .5)], [split])
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_a_way_out():
+    check_losses([1., 2.], "a line")
+    for loss in (math.nan, math.inf):
+        with pytest.raises(UserError, match=f"a line: the loss is {loss}.*--lr"):
+            check_losses([1., loss], "a line")

@@ -1,8 +1,10 @@
 """Files: atomic, safe to open, and compared with what is wanted."""
+import os
+
 import pytest
 import torch
 
-from common import files
+from common import curves, files
 from common.errors import UserError
 
 
@@ -49,3 +51,27 @@ def test_tensors_are_saved_from_the_cpu(tmp_path, monkeypatch):
     files.save(tmp_path / "a.pt", {"a": torch.ones(1), "b": {"c": [torch.ones(2), (torch.ones(3), None)]}, "d": "text"})
     assert moved == [1, 2, 3]
     assert files.load(tmp_path / "a.pt")["b"]["c"][1][0].tolist() == [1, 1, 1]
+
+
+def test_one_flipped_bit_in_a_tensor_is_noticed(tmp_path):
+    torch.save({"weights": torch.full((999,), 3.)}, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[content.find(bytes(torch.full((2,), 3.).numpy().tobytes())) + 100] ^= 1
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(UserError, match="checksum"):
+        files.load(tmp_path / "a.pt")
+
+
+def test_tables_that_are_pipes_or_folders_are_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("pipe.csv", "folder.csv"):
+        for read in (lambda path: files.read_csv(path, ()), curves.read):
+            with pytest.raises(UserError, match=name):
+                read(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    with pytest.raises(UserError, match="cannot write in /proc"):
+        with files.owned("/proc/none"):
+            pass

@@ -255,6 +255,8 @@ def test_script_writes_and_reuses_its_results(script, refused, tmp_path):
     trained = [line for line in first.stdout.splitlines() if "epoch" in line]
     assert [line for line in first.stdout.splitlines() if line not in trained] == again.splitlines()
     assert "conv2.weight" in refused("hessian.py", *command, "--out", "other")
+    files.save(tmp_path / "mine" / "digits" / "dense_hessian.pt", {"format": "mine"})
+    assert "is none" in refused("hessian.py", *command, "--out", "mine")
 
 
 def test_a_spectrum_is_added_to_a_result(script, tmp_path, monkeypatch):

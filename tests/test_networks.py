@@ -80,7 +80,36 @@ def norm_of_one_pixel():
     return nn.Sequential(nn.Conv2d(1, 4, 8), nn.GroupNorm(4, 4), nn.Flatten(), nn.Linear(4, 10))
 
 
+def in_the_memory_of_another():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10))
+    model[2].weight = nn.Parameter(model[1].weight.data)
+    return model
+
+
+def one_row_for_all():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model[1].weight = nn.Parameter(torch.randn(1, 64).expand(10, 64))
+    return model
+
+
+class OnlyInTraining(Outputs):
+    def forward(self, x):
+        return super().forward(x) if self.training else None
+
+
+class ExtraState(Outputs):
+    def get_extra_state(self):
+        return {"a": 1}
+
+
+def plain_output(y, x):
+    return y
+
+
 @pytest.mark.parametrize("make, message", [
+    (in_the_memory_of_another, "2.weight .* 1.weight in its memory"), (one_row_for_all, "1.weight has several weights"),
+    (lambda: OnlyInTraining(plain_output), "NoneType"), (lambda: ExtraState(plain_output), "_extra_state"),
+    (lambda: Outputs(lambda y, x: y * float("nan")), "NaN"),
     (lambda: Outputs(lambda y, x: {"aux": y}), "without logits"), (lambda: Outputs(lambda y, x: None), "NoneType"),
     (lambda: nn.Conv2d(3, 10, 8), "channels"), (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), "2 x 10"),
     (lambda: nn.Flatten(), "no weights"), (norm_of_one_pixel, "one pixel"),
@@ -88,11 +117,12 @@ def norm_of_one_pixel():
     (lambda: nn.Sequential(nn.Flatten(), nn.utils.spectral_norm(nn.Linear(64, 10))), "computed")])
 def test_what_cannot_be_pruned_or_trained_is_one_line(make, message):
     model = make()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
     with pytest.raises(UserError, match=message) as raised:
         check_network(model, torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), 10)
     assert "\n" not in str(raised.value)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in before.items())
 
 
 def test_a_trial_leaves_statistics_and_generators_as_they_were():
@@ -105,3 +135,56 @@ def test_a_trial_leaves_statistics_and_generators_as_they_were():
     torch.randn(2, 1, 8, 8)
     assert torch.equal(torch.rand(3), after)
     assert not model.training and model[1].num_batches_tracked == 0 and (model[1].running_mean == 0).all()
+
+
+OWN = """import torch
+from torch import nn
+
+def layers(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+
+def scripted(num_classes):
+    return torch.jit.script(layers(num_classes))
+
+def on_meta(num_classes):
+    return layers(num_classes).to("meta")
+
+def empty(num_classes):
+    return nn.Flatten()
+
+class NoSelf(nn.Linear):
+    def train(self, mode=True):
+        super().train(mode)
+
+def no_self(num_classes):
+    return NoSelf(64, num_classes)
+"""
+
+
+def test_what_is_no_module_of_layers_with_values_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "strange_nets.py").write_text(OWN)
+    for name, message in (("scripted", "layers can be seen"), ("on_meta", "meta"), ("empty", "no parameters"),
+                          ("no_self", "does not return")):
+        with pytest.raises(UserError, match=message):
+            build_network(config(f"strange_nets:{name}"))
+
+
+class Counting(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+        self.register_buffer("steps", torch.zeros(()), persistent=False)
+        self.idle, self.calls = nn.Linear(3, 3), 0
+
+    def forward(self, x):
+        self.steps += 1
+        self.calls += 1
+        return super().forward(x.flatten(1))
+
+
+def test_what_a_stop_would_forget_and_what_is_not_used_is_said(capsys):
+    check_network(Counting(), torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), 10)
+    err = capsys.readouterr().err
+    assert "changes calls, steps" in err and "does not use idle.weight" in err
+    check_network(build_network(config(width=4, image_size=8)), torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), 10)
+    assert capsys.readouterr().err == ""

@@ -372,8 +372,28 @@ def test_export_loads_into_a_network_pruned_by_torch_and_comes_back(finished, ru
     for wrong in ("pruned.pt", finished / "trained_r3.pt"):
         with pytest.raises(UserError, match="neither a mask file"):
             run("--export", "again.pt", wrong)
-    with pytest.raises(UserError, match="would replace this input"):
-        run("--export", finished / "r3.pt", finished / "r3.pt")
+    for there in (finished / "r3.pt", finished / "r2.pt"):
+        with pytest.raises(UserError, match="is there already"):
+            run("--export", there, finished / "r3.pt")
+
+
+@pytest.mark.parametrize("kept", ["--start", "--distilled"])
+def test_an_input_in_the_folder_of_results_is_refused(finished, run, tmp_path, kept):
+    shutil.copytree(finished, tmp_path / "masks")
+    (tmp_path / "link").symlink_to("masks")
+    before = (tmp_path / "masks" / "r1.pt").read_bytes()
+    for out in ("masks", "link"):
+        with pytest.raises(UserError, match="choose another --out"):
+            run(*QUICK, kept, tmp_path / "masks" / "r1.pt", "--out", out, "--overwrite")
+    assert (tmp_path / "masks" / "r1.pt").read_bytes() == before
+
+
+def test_the_config_of_something_else_is_not_replaced(run, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "config.json").write_text('{"factor": 2}')
+    with pytest.raises(UserError, match="no run of prune.py"):
+        run(*QUICK, "--out", "set", "--overwrite")
+    assert (tmp_path / "set" / "config.json").read_text() == '{"factor": 2}'
 
 
 def test_trained_networks_are_plain_states(finished, run):
@@ -426,6 +446,8 @@ def test_plot_and_compare(finished, tmp_path, run, capsys):
     (("--start", "missing.pt"), "missing.pt"), (("--distilled", "missing.pt"), "missing.pt"), (("--width", "x"), "'x'"),
     (("--keep", "conv7*"), "fits none"), (("--keep", "*"), "nothing to prune"), (("--sparsity", 1), "--sparsity 1"),
     (("--rate", .2, "--sparsity", .9), "--rate with --sparsity"), (("--score", "snip", "--data", "random"), "no score"),
+    (("--out", ""), "--out: empty"), (("--distilled", " "), "--distilled: empty"),
+    (("--export", "x.json", "r1.pt"), ".pt or .pth"), (("--export", ".", "r1.pt"), ".pt or .pth"),
     (("--rewind", -1), "'-1'"), (("--plot", "nothing"), "nothing"), (("--compare", "a", "b"), "in common")])
 def test_bad_input_is_named_before_anything_is_written(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -531,7 +553,7 @@ def test_evaluating_leaves_random_masks_and_their_weights_alone(own, tmp_path):
     assert all(torch.equal(value, init[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_within_a_round_saves_and_says_so(tmp_path, script, number, code):
     command = [sys.executable, str(ROOT / "prune.py"), "--dataset", "digits", "--data", "real", "--width", "8",
                "--train-images", "300", "--epochs", "60", "--eval-epochs", "1", "--rounds", "2", "--out", "masks"]
@@ -549,6 +571,16 @@ def test_a_signal_within_a_round_saves_and_says_so(tmp_path, script, number, cod
     ends = [load_ticket(tmp_path / out / "r2.pt")["masks"] for out in ("masks", "undisturbed")]
     assert all(torch.equal(ends[0][name], kept) for name, kept in ends[1].items())
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("training_*"))
+
+
+@pytest.mark.parametrize("redirection, code", [(">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), ("| true", 141),
+                                               (">/dev/full", 2)])
+def test_streams_that_are_closed_or_full_cost_no_traceback(tmp_path, redirection, code):
+    random_masks = f"{sys.executable} {ROOT / 'prune.py'} --dataset digits --data random --width 4 --rounds 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {random_masks} {redirection}"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert (tmp_path / "masks" / "r1.pt").exists() or code
 
 
 def wait_for(path, process):

@@ -1,13 +1,17 @@
 """Mask files of others and of strangers; which runs are one family; where results lie."""
+import argparse
 import random
 
 import pytest
 import torch
+from PIL import Image
+from samples import write_pictures
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from common import files, tickets
-from common.endpoints import check_apart, real_recipe, result_names
+from common import data, files, tickets
+from common.data import Split
+from common.endpoints import check_apart, endpoint, real_recipe, result_names
 from common.errors import UserError
 from common.masks import dense_mask
 from common.networks import build_network
@@ -118,6 +122,41 @@ def test_masks_of_other_data_are_not_mixed():
         tickets.common_config({"a": found[0], "b": found[1]})
 
 
+def test_masks_of_data_that_was_renamed_are_of_one_dataset():
+    network = build_network(CONFIG)
+    found = [make_ticket(1, dense_mask(network), network.state_dict(), CONFIG | {"dataset": name} | more, {})
+             for name, more in (("old", {"data_fingerprint": "aa"}), ("new", {"data_fingerprint": "aa"}), ("new", {}))]
+    assert tickets.common_config({"a": found[0], "b": found[1]})["data_fingerprint"] == "aa"
+    with pytest.raises(UserError, match="dataset new"):
+        tickets.common_config({"a": found[0], "c": found[2]})
+
+
+def arguments(**given):
+    flags = "model", "width", "norm", "image_size", "dataset", "train_images", "seed"
+    return argparse.Namespace(**dict.fromkeys(flags) | {"data_dir": "none"} | given)
+
+
+@pytest.mark.parametrize("given", [{"model": "resnet10"}, {"width": 8}, {"norm": "instance"}, {"image_size": 9}])
+def test_flags_of_another_network_than_the_masks_are_refused(given):
+    with pytest.raises(UserError, match="leave the flag out"):
+        tickets.check_flags(arguments(**given), CONFIG)
+    tickets.check_flags(arguments(**{key: CONFIG[key] for key in given}), CONFIG)
+    tickets.check_flags(arguments(width=128), CONFIG | {"width": None})  # the usual one
+
+
+def test_pictures_are_read_in_the_size_that_the_masks_hold(tmp_path):
+    pictures = [Image.new("RGB", (9 + i, 8), (60 * i, 9, 9)) for i in range(4)]
+    write_pictures(tmp_path / "pictures", pictures, [0, 0, 1, 1])
+    config = CONFIG | {"dataset": "elsewhere", "channels": 3, "num_classes": 2}
+    read = dict(dataset=str(tmp_path / "pictures"), image_size=8)
+    data.load_real(read, "none")
+    network = build_network(config)
+    files.save(tmp_path / "r1.pt", make_ticket(1, dense_mask(network), network.state_dict(),
+                                               config | {"data_fingerprint": read["data_fingerprint"]}, {}))
+    _, train, _ = tickets.load_tickets([tmp_path / "r1.pt"], arguments(dataset=str(tmp_path / "pictures")), "cpu")
+    assert train.images.shape == (4, 3, 8, 8)
+
+
 def test_two_masks_of_one_name_have_two_places(tmp_path):
     network = build_network(CONFIG)
     one = make_ticket(5, dense_mask(network), network.state_dict(), CONFIG, {})
@@ -129,6 +168,16 @@ def test_two_masks_of_one_name_have_two_places(tmp_path):
     assert first == third == "masks/r5" and second.startswith("masks/r5-")
     with pytest.raises(UserError, match="another --out"):
         check_apart(tmp_path / "e1" / ".." / "e1" / "masks" / "r5.pt", names)
+
+
+def test_a_file_of_something_else_is_no_endpoint_and_stays(tmp_path):
+    network = build_network(CONFIG)
+    ticket = make_ticket(1, dense_mask(network), network.state_dict(), CONFIG, {})
+    files.save(tmp_path / "r1_order0.pt", ticket)
+    split = Split(torch.randn(4, 1, 8, 8), torch.arange(4))
+    with pytest.raises(UserError, match="is none"):
+        endpoint(tmp_path, "r1", ticket, split, 0, overwrite=True)
+    assert load_ticket(tmp_path / "r1_order0.pt")["round"] == 1
 
 
 def test_endpoints_have_a_recipe_of_their_own():

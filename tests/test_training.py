@@ -1,4 +1,7 @@
 """Training against torch's optimizer and schedule; going on from any step."""
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,3 +100,46 @@ def test_loss_that_is_not_finite_is_named():
     model = build_network(config(width=4, image_size=8, num_classes=3, norm="none"))
     with pytest.raises(UserError, match=r"epoch \d+, step \d+"):
         train(model, blobs(), Recipe(20, lr=1e6), random_stream(0))
+
+
+class OwnGenerators(torch.nn.Sequential):
+    """Draws from generators that it holds itself."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+        self.held = torch.Generator(), random.Random(), np.random.default_rng()
+        self.torchs, self.pythons, self.numpys = self.held
+
+    def forward(self, x):
+        noise = torch.rand((), generator=self.torchs) + self.pythons.random() + self.numpys.random()
+        return super().forward(x) * noise
+
+
+def test_generators_that_modules_hold_repeat_too():
+    states = []
+    for stop in (None, 1):
+        torch.manual_seed(0)
+        model, stream = OwnGenerators(), random_stream(1)
+        training = train(model, blobs(), Recipe(2), stream, until=stop)
+        if stop:  # goes on in another process, whose generators are new ones
+            fresh = OwnGenerators()
+            fresh.load_state_dict(model.state_dict())
+            train(fresh, blobs(), Recipe(2), stream, training=training)
+            model = fresh
+        states.append(model[1].weight)
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.complex64])
+def test_networks_of_other_numbers_train_as_torch_trains_them(kind):
+    class Wrapped(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1).to(kind)).abs().float()
+
+    models = [Wrapped(192, 3, dtype=kind) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    recipe = Recipe(2, lr=.05, batch_size=16, augment="none", cutmix=0.)
+    train(models[0], blobs(), recipe, random_stream(3))
+    reference_training(models[1], blobs(), recipe, random_stream(3), {})
+    close = {torch.bfloat16: .02}.get(kind, 1e-5)
+    assert torch.allclose(models[0].weight, models[1].weight, atol=close)

@@ -78,8 +78,8 @@ def masked_sgd_reference(params, grads, momenta, masks, lr, momentum=0., weight_
 
 
 def masked_sgd_(params, grads, momenta, masks, lr, momentum=0., weight_decay=0., dampening=0., nesterov=False):
-    """masked_sgd_reference in one pass over memory; parameters also bfloat16 or float16, momenta float32."""
-    if not runs_on(params[0].device.type):
+    """masked_sgd_reference, with float32 momenta in one pass over memory; parameters also bfloat16 or float16."""
+    if not runs_on(params[0].device.type) or any(v.dtype != torch.float32 for v in momenta):
         lr = float(lr) if params[0].device.type == "cpu" else lr
         return masked_sgd_reference(params, grads, momenta, masks, lr, momentum, weight_decay, dampening, nesterov)
     lr = torch.as_tensor(lr, dtype=torch.float32, device=params[0].device)
