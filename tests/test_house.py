@@ -8,8 +8,8 @@ from conftest import ROOT
 SCRIPTS = ["prune", "stability", "landscape", "hessian", "distill"]
 LADDER = ["errors", "interrupts", "bars", "ranks", "files", "curves", "streams", "networks", "masks", "kernels.build",
           "kernels.ops", "augment", "arrays", "pictures", "data", "graph", "distilled", "kernels.dense", "kernels.sparse",
-          "kernels.views", "kernels.points", "training", "evaluation", "scores", "tangents", "spectrum", "symmetries", "matching", "planes", "tickets",
-          "figures", "endpoints", "cli"]
+          "kernels.views", "kernels.points", "training", "evaluation", "scores", "tangents", "spectrum",
+          "symmetries", "matching", "planes", "tickets", "figures", "endpoints", "cli"]
 ROOMS = [f"common.{room}" for room in LADDER]
 
 
