@@ -11,6 +11,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from .bars import Bar
+from .errors import UserError
 
 
 class Ranks(NamedTuple):
@@ -45,7 +46,11 @@ def all_ranks():
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+        device, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device >= count:
+            raise UserError(f"torchrun started rank {device} on this machine of {count} GPUs, which ranks do not share; "
+                            f"take --nproc-per-node={count}")
+        torch.cuda.set_device(device)  # what "cuda" means from here on
     store, rank, size = next(torch.distributed.rendezvous("env://"))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # a restarted group must not meet its dead self
         store = torch.distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)

@@ -127,6 +127,20 @@ def test_what_cannot_be_captured_runs_as_it_is_and_is_said_once(graphs, how, mon
     assert_same(trained(), tried)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_of_cuda_is_the_step_without_one(monkeypatch, capsys):
+    torch.backends.cudnn.deterministic = True
+    split, results = pictures(), []
+    split = Split(split.images.cuda(), split.labels.cuda(), split.mean, split.std)
+    for captures in (True, False):
+        if not captures:
+            monkeypatch.setitem(captured.GRAPHS, "cuda", StandIn)
+        results.append(result_of(network().cuda(), split, Recipe(4, lr=.05, batch_size=20)))
+    assert "no CUDA graph" not in capsys.readouterr().err
+    assert_same(*results)
+
+
 def test_a_graph_that_fails_leaves_the_plain_step(graphs, monkeypatch, capsys):
     def fails(function):
         raise RuntimeError("operation not permitted when stream is capturing\nand more lines")

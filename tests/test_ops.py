@@ -241,6 +241,19 @@ def test_norm_relu_pool_and_gradient(device, dtype, shape):
             close(one, other, 4 * TOLERANCE[dtype])
 
 
+@pytest.mark.cuda
+@NO_GPU
+@pytest.mark.parametrize("dtype", [torch.float64, *LOWER])
+@pytest.mark.parametrize("channels", [16, 5])
+def test_norm_relu_pool_of_points_side_by_side(dtype, channels):
+    x = torch.randn(6, 3 * channels, 9, 8, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(3, channels, device="cuda", dtype=accumulation(dtype)) for _ in range(2))
+    pooled = torch.ops.lottery.norm_relu_pool_points(x, weight, bias, 1e-5)
+    wanted = ops.norm_relu_pool_points_reference(x.double(), weight.double(), bias.double())
+    assert all(point.is_contiguous(memory_format=torch.channels_last) for point in pooled)
+    close(pooled, wanted, TOLERANCE[dtype])
+
+
 def test_norm_relu_pool_of_no_images(device):
     x, (weight, bias) = torch.randn(0, 4, 6, 6, device=device, requires_grad=True), affine(4, device, torch.float32)
     pooled = torch.ops.lottery.norm_relu_pool(x, weight.requires_grad_(), bias, 1e-5)[0]
