@@ -12,8 +12,8 @@ Every round leaves a mask in --out (r0.pt is the dense network) that stability.p
 
 The first command takes about a minute on 2 cores without a GPU, where the `quick` preset runs: convnet3 of width 32,
 10 rounds. Expect 20.00, 36.00, 48.80, ... 89.26% sparsity, 24,000 images seen a round, and 48 to 70% of the augmented
-distilled images recognised in its last epoch. Trained on 10,000 real images for 8 epochs such subnetworks reach 60.1 and
-58.0% on CIFAR-10's test set at 59 and 87% sparsity, with the published MTT set 63.9 and 61.6% (docs/study.md).
+distilled images recognised in its last epoch. Trained on 10,000 real images for 8 epochs such subnetworks reach 60.1
+and 58.0% on CIFAR-10's test set at 59 and 87% sparsity, with the published MTT set 63.9 and 61.6% (docs/study.md).
 `--preset paper` is ResNet-18, meant for a GPU.
 
     python prune.py --plot masks_distilled masks_real          accuracy and images seen against sparsity

@@ -193,7 +193,7 @@ def read_result(file):
 
 
 def read_results(items):
-    """Results of JSON files, and of those below folders that are results. Raises UserError for files of another kind."""
+    """Results of JSON files, and of those below folders that are results. Raises UserError for any other file."""
     found = []
     for item in map(Path, items):
         found += [file for file in sorted(item.rglob("*.json")) if is_result(file)] if item.is_dir() else [item]
@@ -348,8 +348,8 @@ def summary_rows(results):
     for (family, percent), group in groups.items():
         if tickets.family(group[0]["config"]) == "IMP":
             if percent in imp:
-                raise UserError(f"--summary divides by IMP's accuracy, but there are two IMPs at {percent:g}%: {family} "
-                                "and another; give one experiment's results")
+                raise UserError(f"--summary divides by IMP's accuracy, but there are two IMPs at {percent:g}%: "
+                                f"{family} and another; give one experiment's results")
             imp[percent] = end_accuracy(group).mean()
     rows = defaultdict(list)
     for (family, percent), group in groups.items():

@@ -4,8 +4,8 @@
     python bench/bench_ranks.py --messages       calls and bytes of each rank at 1, 2, 4 and 8 ranks
 
 The seconds are those of the whole command, of its work alone, without the start of Python and torchrun (main() of the
-scripts), and of the CPU in the work of the busiest rank, which other work on the machine disturbs least. More ranks than
-cores make seconds worthless, but not counts: calls and bytes of the rendezvous store and of all_reduce, for the start
+scripts), and of the CPU in the work of the busiest rank, which other work on the machine disturbs least. More ranks
+than cores make seconds worthless, but not counts: calls and bytes of the rendezvous store and of all_reduce, for the start
 and for each script, of the rank with the most.
 """
 import argparse

@@ -10,6 +10,7 @@ steps; between equal code they are 0.97 to 1.02.
 With one thread, thread CPU time is measured, which other work on the machine disturbs less.
 """
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -179,7 +180,8 @@ def bench_points(args):
             views.skip_zeros.set(choice)
             evaluate_points(model, [a, b], coefficients, [split], mask)
 
-        ways = [*(lambda layout=layout: eager(layout) for layout in LAYOUTS), lambda: points("auto"), lambda: points("off")]
+        ways = [functools.partial(eager, layout) for layout in LAYOUTS]
+        ways += [functools.partial(points, choice) for choice in ("auto", "off")]
         *dense, mine, fused = fastest(ways, max(1, args.repeats // 2))
         report("11 points convnet3", sparsity, min(dense), mine, fused)
 

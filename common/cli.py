@@ -122,7 +122,8 @@ def at_least(least, most=10 ** 9):
     """argparse type: a whole number from `least` to `most`."""
     def number(text):
         if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at least {least} (and at most {most:,})")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at least {least} "
+                                             f"(and at most {most:,})")
         return int(text)
 
     return number
@@ -187,7 +188,7 @@ def ticket_flags(parser):
 
 def device_flags(parser):
     parser.add_argument("--device", help="(cuda when there is one, else cpu)")
-    parser.add_argument("--tf32", action="store_true", help="let a GPU round products to TF32; its speed was not measured")
+    parser.add_argument("--tf32", action="store_true", help="let a GPU round products to TF32 (not measured)")
 
 
 def log_flag(parser):

@@ -1,4 +1,4 @@
-"""Endpoints: tickets trained on real data in one data order; trained once, kept, and found again by the other scripts."""
+"""Endpoints: tickets trained on real data in one data order; trained once, and found again by the other scripts."""
 import itertools
 from pathlib import Path
 
@@ -53,15 +53,15 @@ def endpoint(folder, name, ticket, split, order, recipe=None, seed=None, shared=
 
     Kept in <folder>/<name>_order<order>.pt and taken from there when the file is of the same mask, initial state, data,
     recipe and seed; if it is not: UserError, or trained anew with `overwrite`. An interrupted training goes on from its
-    last save, at most half a minute back. `recipe` and `seed` default to the ticket's. The first `shared` epochs are the same for
-    all orders (Frankle et al. 2020): they are trained once, as order None, and kept in <name>_epoch<shared>.pt.
+    last save, at most half a minute back. `recipe` and `seed` default to the ticket's. The first `shared` epochs are the
+    same for all orders (Frankle et al. 2020): they are trained once, as order None, and kept in <name>_epoch<shared>.pt.
     """
     recipe = recipe or real_recipe(ticket["config"])
     seed = ticket["config"]["seed"] if seed is None else seed
     last, ending = (shared, f"_epoch{shared}.pt") if order is None else (recipe.epochs, f"_order{order}.pt")
     path = Path(folder, f"{name}{ending}")
-    identity = {"format": ENDPOINT_FORMAT, "mask_sha": fingerprint(ticket), "order": order, "seed": seed, "shared": shared,
-                "images": len(split), "data_fingerprint": ticket["config"].get("data_fingerprint"),
+    identity = {"format": ENDPOINT_FORMAT, "mask_sha": fingerprint(ticket), "order": order, "seed": seed,
+                "shared": shared, "images": len(split), "data_fingerprint": ticket["config"].get("data_fingerprint"),
                 **recipe._asdict()}
     with files.locked(path.with_name(f".{path.name}.lock"), wait=True):
         kept = kept_endpoint(path, identity, split.labels.device, overwrite)

@@ -146,7 +146,7 @@ def check_memory(what, size):
 
 
 def read_csv(path, needed):
-    """Rows of a table of numbers as floats, empty cells left out. UserError when a row lacks one of the columns `needed`."""
+    """Rows of a table of numbers as floats, empty cells left out. UserError when a row lacks a column of `needed`."""
     check_regular(path)
     try:
         with open(path, newline="") as file:

@@ -427,9 +427,12 @@ def check_memory_apart(model):
     at = {}
     for name, parameter in model.named_parameters():
         place = parameter.device, parameter.data_ptr()
-        repeated = any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape))
-        if repeated or parameter.numel() and at.setdefault(place, name) != name:
-            shared = "has several weights in one place of" if repeated else f"is another parameter than {at[place]} in its"
+        shared = None
+        if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape)):
+            shared = "has several weights in one place of"
+        elif parameter.numel() and at.setdefault(place, name) != name:
+            shared = f"is another parameter than {at[place]} in its"
+        if shared:
             raise UserError(f"{name} {shared} memory; share the parameter itself (b.weight = a.weight), or copy it "
                             "(.clone())")
 

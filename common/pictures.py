@@ -18,8 +18,8 @@ FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "IM", "JPEG", "JPEG2000", 
            "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM")  # those that start no other program
 SYSTEM = ("__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found")
 STRIP = 64  # times longer than wide: no picture
-UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-           8: "ROTATE_90"}  # how a picture is turned that a camera took so, by its Exif orientation
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+           7: "TRANSVERSE", 8: "ROTATE_90"}  # how a picture is turned, by its Exif orientation
 
 #############################################
 #                  Surprises                #

@@ -48,8 +48,8 @@ def all_ranks():
     if torch.cuda.is_available():
         device, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if device >= count:
-            raise UserError(f"torchrun started rank {device} on this machine of {count} GPUs, which ranks do not share; "
-                            f"take --nproc-per-node={count}")
+            raise UserError(f"torchrun started rank {device} on this machine of {count} GPUs, which ranks do not "
+                            f"share; take --nproc-per-node={count}")
         torch.cuda.set_device(device)  # what "cuda" means from here on
     store, rank, size = next(torch.distributed.rendezvous("env://"))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # a restarted group must not meet its dead self

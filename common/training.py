@@ -70,7 +70,8 @@ class Training:
         losses = torch.stack(self.losses).tolist()
         for step, loss in enumerate(losses):
             if not math.isfinite(loss):
-                raise UserError(f"the loss became {loss} at epoch {self.epoch}, step {step}; try a lower --lr than {lr}")
+                raise UserError(f"the loss became {loss} at epoch {self.epoch}, step {step}; "
+                                f"try a lower --lr than {lr}")
         self.loss, self.accuracy = sum(losses) / len(losses), float(self.hits) / len(self.order)
         self.images_seen += len(self.order)
         self.epoch, self.step, self.order, self.losses, self.hits = self.epoch + 1, 0, None, [], 0

@@ -70,3 +70,9 @@ def test_the_package_describes_this_order():
     described = ", ".join(row.strip().split("  ")[0] for row in rows).split(", ")
     rooms = dict.fromkeys("kernels/" if room.startswith("kernels.") else room for room in LADDER)
     assert described == [*rooms, "embedded/"]
+
+
+def test_no_line_is_longer_than_120_columns():
+    wrong = [f"{file.relative_to(ROOT)}:{number}" for file in ROOT.rglob("*.py") if "build" not in file.parts
+             for number, line in enumerate(file.read_text().splitlines(), 1) if len(line) > 120]
+    assert wrong == []

@@ -221,7 +221,8 @@ def test_same_command_again_computes_nothing_and_writes_the_same(mask_file, tmp_
     run(monkeypatch, *command)
     paths = [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".pt", ".json", ".csv")]
     written = {path: path.read_bytes() for path in paths}
-    assert sorted(path.name for path in written) == ["curves.csv", "r3.json", "r3_order0.pt", "r3_order1.pt", "stability.csv"]
+    names = sorted(path.name for path in written)
+    assert names == ["curves.csv", "r3.json", "r3_order0.pt", "r3_order1.pt", "stability.csv"]
     monkeypatch.setattr(training, "train", None)
     monkeypatch.setattr(evaluation, "evaluate_points", None)
     run(monkeypatch, *command)

@@ -84,7 +84,8 @@ MUTANTS = {
         ("  if (plane >= planes) return;  //", "  //"),
         ("0x7fffffff - kNormThreads * kPack<short>", "0x7fffffff"),
         ("/ A(size) + eps", "/ A(size)"),
-        ("kPack<T>;\n  const int size = height * width, channel = int(plane % channels);\n  x += plane * size;\n  pooled",
+        ("kPack<T>;\n  const int size = height * width, channel = int(plane % channels);\n  x += plane * size;\n"
+         "  pooled",
          "kPack<T>;\n  const int size = height * width, channel = 0;\n  x += plane * size;\n  pooled"),
     ],
     "norm_relu_pool_last": [
