@@ -5,8 +5,8 @@
 
 The seconds are those of the whole command, of its work alone, without the start of Python and torchrun (main() of the
 scripts), and of the CPU in the work of the busiest rank, which other work on the machine disturbs least. More ranks
-than cores make seconds worthless, but not counts: calls and bytes of the rendezvous store and of all_reduce, for the start
-and for each script, of the rank with the most.
+than cores make seconds worthless, but not counts: calls and bytes of the rendezvous store and of all_reduce, for the
+start and for each script, of the rank with the most.
 """
 import argparse
 import json

@@ -83,8 +83,8 @@ def can_capture(device):
 class Captured:
     """`step`, a function (NamedTuple of tensors) -> tensors, as one graph for each shape of the Row it is called with.
 
-    `twin()` gives a copy of the network and of its step, in whose place libraries warm up: the first replay finds all as
-    it was. A step that cannot be captured is called as it is, and it is said once.
+    `twin()` gives a copy of the network and of its step, in whose place libraries warm up: the first replay finds all
+    as it was. A step that cannot be captured is called as it is, and it is said once.
     """
 
     def __init__(self, step, twin):

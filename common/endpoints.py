@@ -53,8 +53,9 @@ def endpoint(folder, name, ticket, split, order, recipe=None, seed=None, shared=
 
     Kept in <folder>/<name>_order<order>.pt and taken from there when the file is of the same mask, initial state, data,
     recipe and seed; if it is not: UserError, or trained anew with `overwrite`. An interrupted training goes on from its
-    last save, at most half a minute back. `recipe` and `seed` default to the ticket's. The first `shared` epochs are the
-    same for all orders (Frankle et al. 2020): they are trained once, as order None, and kept in <name>_epoch<shared>.pt.
+    last save, at most half a minute back. `recipe` and `seed` default to the ticket's. The first `shared` epochs are
+    the same for all orders (Frankle et al. 2020): they are trained once, as order None, and kept in
+    <name>_epoch<shared>.pt.
     """
     recipe = recipe or real_recipe(ticket["config"])
     seed = ticket["config"]["seed"] if seed is None else seed

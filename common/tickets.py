@@ -162,8 +162,8 @@ def matched_names(path, found, wanted, model):
             names[join(theirs, leaf)] = join(ours, leaf)
         if wrong:
             raise UserError(f"{path}: layer {theirs or 'missing'} {described(files_layers.get(theirs))} is not "
-                            f"{model}'s {ours or 'missing'} {described(our_layers.get(ours))} (--model, --width, --norm and "
-                            "--dataset choose the network)")
+                            f"{model}'s {ours or 'missing'} {described(our_layers.get(ours))} (--model, --width, --norm "
+                            "and --dataset choose the network)")
     return names
 
 
@@ -293,7 +293,7 @@ def differing_keys(configs):
 
 
 def changed_setting(earlier, config, ignored=()):
-    """The first setting by which a run's config is not that of an earlier one, or None; files go by content, not path."""
+    """The first setting by which a run's config is not that of an earlier one, or None; files by content."""
     ignored = set(ignored)
     for path, sha in FILES_READ.items():
         known = None not in (earlier.get(sha), config.get(sha))

@@ -73,6 +73,9 @@ def test_the_package_describes_this_order():
 
 
 def test_no_line_is_longer_than_120_columns():
-    wrong = [f"{file.relative_to(ROOT)}:{number}" for file in ROOT.rglob("*.py") if "build" not in file.parts
-             for number, line in enumerate(file.read_text().splitlines(), 1) if len(line) > 120]
-    assert wrong == []
+    files = [*ROOT.glob("*.py")]
+    for folder in ("common", "study", "tests", "bench"):
+        files += (ROOT / folder).rglob("*.py")
+    for file in files:
+        longest = max(map(len, file.read_text().splitlines()), default=0)
+        assert longest <= 120, file
