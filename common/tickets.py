@@ -162,8 +162,8 @@ def matched_names(path, found, wanted, model):
             names[join(theirs, leaf)] = join(ours, leaf)
         if wrong:
             raise UserError(f"{path}: layer {theirs or 'missing'} {described(files_layers.get(theirs))} is not "
-                            f"{model}'s {ours or 'missing'} {described(our_layers.get(ours))} (--model, --width, --norm "
-                            "and --dataset choose the network)")
+                            f"{model}'s {ours or 'missing'} {described(our_layers.get(ours))} (--model, --width, "
+                            "--norm and --dataset choose the network)")
     return names
 
 
