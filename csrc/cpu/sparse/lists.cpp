@@ -1,4 +1,6 @@
 // The lists of a SparseConv: which weights each pass meets, in which order.
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -8,17 +10,27 @@
 namespace lottery::sparse {
 namespace {
 
-constexpr int64_t kFirstLevelBytes = 24 << 10;  // of the cache, for a tile of the source
+constexpr int64_t kWorthwhile = 24;             // weights in a list, for which its sums are loaded and stored
 constexpr int64_t kGradChannels = 32;           // gradient channels that a tile of the weight gradient keeps close
 constexpr int64_t kGradParts = 8;               // at least, of a weight gradient, for as many threads
 
 // Planes an odd number of cache lines apart do not compete for the same sets of the first-level cache.
 int64_t spread(int64_t floats) { return (ceil_div<int64_t>(floats, 16) | 1) * 16; }
 
+// Of the first-level data cache, for a tile of the source: three quarters of what the system says it has, else of 32 KB.
+int64_t first_level_bytes() {
+  long size = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+  return (size > 0 ? size : 32 << 10) / 4 * 3;
+}
+
 // Source channels per block: a tile of them fits the first-level cache, yet lists are not too short to be worth it.
+// No sum depends on it: blocks are met in the order of the channels.
 int64_t channels_per_block(int64_t channels, int64_t tile, double weights_per_channel) {
-  const int64_t fit = kFirstLevelBytes / (tile * lanes() * sizeof(float));
-  const int64_t worth = weights_per_channel > 0 ? std::ceil(6 / weights_per_channel) : channels;
+  const int64_t fit = first_level_bytes() / (tile * lanes() * sizeof(float));
+  const int64_t worth = weights_per_channel > 0 ? std::ceil(kWorthwhile / weights_per_channel) : channels;
   const int64_t most = std::min(channels, std::max({fit, worth, int64_t(1)}));
   return ceil_div(channels, ceil_div(channels, most));  // blocks of equal size
 }
