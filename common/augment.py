@@ -45,7 +45,7 @@ def draw_dsa(generator, count=1, flip=True, geometries=TRAINING, cutout=False):
 
 
 def dsa(images, draw):
-    """Apply `draw` to normalised images [N, C, H, W], differentiably; by the op of that name where nobody differentiates."""
+    """Apply `draw` to normalised images [N, C, H, W], differentiably; by the op where nobody differentiates."""
     if draw.box is None and not images.requires_grad:
         parts = colour_and_transform(draw, *images.shape[2:])
         return recoloured_and_moved(images, *(part.to(images.device).expand(len(images), -1) for part in parts))
@@ -145,7 +145,7 @@ def cut_out(images, centre):
 
 
 def draw_imagenet(generator, n, channels):
-    """Draw IDC's augmentation for `n` images of ImageNet: (where the images are read [N, 2, 3], as F.affine_grid takes it;
+    """Draw IDC's augmentation for `n` images of ImageNet: (where they are read [N, 2, 3], as F.affine_grid takes it;
     factors of brightness, contrast and saturation [N, 3]; shifts of their three colours [N, 3], or None)."""
     u = torch.rand(n, 7, generator=generator)
     side = torch.sqrt(.5 + .5 * u[:, 0])
@@ -166,7 +166,7 @@ def draw_lighting(generator, n):
 
 
 def imagenet_augment(images, black, place, jitter, light):
-    """IDC's for ImageNet: random resized crop (area 0.5-1), flip, colour jitter 0.4, lighting 0.1, as draw_imagenet says.
+    """IDC's for ImageNet: random resized crop (area 0.5-1), flip, colour jitter 0.4, lighting 0.1, as drawn.
 
     Images [N, C, H, W] are normalised; `black` [C, 1, 1] is what they are where the raw value is 0.
     """
@@ -213,7 +213,7 @@ def cutmix(images, labels, other, rows, columns):
 
 
 class Draws(NamedTuple):
-    """All that changes from one training step to the next, drawn on the CPU; None where the recipe has no use for it."""
+    """All that changes from one training step to the next, drawn on the CPU; None where the recipe needs none."""
 
     index: torch.Tensor  # of the images, [N]
     lr: torch.Tensor  # learning rate, []

@@ -1,7 +1,7 @@
 """A training step as a CUDA graph: one launch for all its kernels, which would take longer to launch than to run.
 
-All that changes from step to step are tensors side by side in a row of bytes on the GPU; a graph reads them from a row of
-its own, into which the next one is copied. On a CPU nothing is captured.
+All that changes from step to step are tensors side by side in a row of bytes on the GPU; a graph reads them from a row
+of its own, into which the next one is copied. On a CPU nothing is captured.
 """
 import random
 import sys
@@ -81,9 +81,9 @@ def can_capture(device):
 
 
 class Captured:
-    """`step`, a function (NamedTuple of tensors) -> tensors, as one graph for each shape of a Row, which it is called with.
+    """`step`, a function (NamedTuple of tensors) -> tensors, called with Rows: one graph for each of their shapes.
 
-    `twin()` gives a copy of the network and of its step, in whose place libraries warm up: the first replay finds all as it
+    `twin()` gives a copy of the network and of its step, on which libraries warm up: the first replay finds all as it
     was. A step that cannot be captured is called as it is, and it is said once.
     """
 
@@ -114,8 +114,8 @@ class Captured:
 
 
 def warm_up(network, step, batch):
-    """Make steps that nobody needs. Raises RuntimeError where they wait for the GPU, or draw or count on the host, which a
-    graph would not repeat; the generators are left as they are."""
+    """Make steps that nobody needs. Raises RuntimeError where they wait for the GPU, or draw or count on the host,
+    which a graph would not repeat; the generators are left as they are."""
     device = batch[0].device
     with global_generators_kept():
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The captured training step, by a stand-in for a CUDA graph that runs the same Python again: bit for bit the plain loop."""
+"""The captured training step, by a stand-in for a CUDA graph that runs the Python again: bit for bit the plain loop."""
 import random
 
 import pytest
@@ -66,7 +66,8 @@ def assert_same(one, other):
     assert one[1:3] == other[1:3] and torch.equal(one[3], other[3])
 
 
-RECIPES = [dict(augment=augment, cutmix=cutmix) for augment in ("dsa", "crop", "imagenet", "none") for cutmix in (0., .5)]
+RECIPES = [dict(augment=augment, cutmix=cutmix)
+           for augment in ("dsa", "crop", "imagenet", "none") for cutmix in (0., .5)]
 
 
 @pytest.mark.parametrize("settings", [*RECIPES, dict(amp=True), dict(cutmix=1., flip=False)], ids=str)

@@ -98,7 +98,7 @@ def points_on_meta(model, monkeypatch, images=10_000, **changes):
 def test_points_ask_for_few_kernels_and_copy_for_the_classifier_alone(on_meta, monkeypatch):
     counts = points_on_meta("convnet3", monkeypatch, width=128)
     assert sum(counts.values()) <= 700, counts
-    batches, once = 11 * 5, 2 * 3 + 1  # of every point, its flattened activations; kernels of the states, and the images
+    batches, once = 11 * 5, 2 * 3 + 1  # of every point, activations flattened; the states' kernels, the images
     assert sum(counts[name] for name in COPIES) <= batches + once, counts
 
 

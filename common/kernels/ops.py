@@ -61,7 +61,8 @@ def masked_sgd_reference(params, grads, momenta, masks, lr, momentum=0., weight_
     """One SGD step in place, equal to torch.optim.SGD followed by multiplying with the masks.
 
     Lists of tensors of equal length; a mask is a bool tensor or None; `lr` a number, or a float32 tensor of one
-    on the params' device. A pruned weight and its momentum are exactly 0 afterwards. (torch dampens from the second step on: pass dampening=0 in the first.)
+    on the params' device. A pruned weight and its momentum are exactly 0 afterwards. (torch dampens from the second
+    step on: pass dampening=0 in the first.)
     """
     grads = torch._foreach_add(grads, params, alpha=weight_decay)
     torch._foreach_mul_(momenta, momentum)
@@ -331,8 +332,8 @@ def recolour(images, colour):
 
 
 def dsa_reference(images, colour, transform):
-    """`recolour`, then pixel (row i, column j) of every image [C, H, W] is read bilinearly at column a j + b i + c and row
-    d j + e i + f; what lies outside is 0. colour [N, 3], transform [N, 6] = a ... f.
+    """`recolour`, then pixel (row i, column j) of every image [C, H, W] is read bilinearly at column a j + b i + c and
+    row d j + e i + f; what lies outside is 0. colour [N, 3], transform [N, 6] = a ... f.
 
     Op: dsa(images, colour, transform), float32, at most 4 channels, without gradient.
     """

@@ -59,7 +59,7 @@ def as_read(split):
 
 def first_layer_of_points(model, states, mask=None):
     """A function (coefficients [K, M], at least K states, which are K points between the M `states`) -> a function
-    images -> the results [K or more, N, C, H, W] of the first layer of `model` there, masked; None where it is no op's."""
+    images -> the results [K or more, N, C, H, W] of the first layer of `model` there, masked; None: it is no op's."""
     network = Fused(model).network
     layer = next(network.children(), None)
     if not (isinstance(network, nn.Sequential) and isinstance(layer, ConvBlock) and layer.few_channels):
@@ -84,7 +84,7 @@ def first_layer_of_points(model, states, mask=None):
 
 
 def side_by_side(kernel, affine, padding, eps):
-    """first_layer_of_points of a GPU, from the names of the parameters: the kernels of all points are one convolution's.
+    """first_layer_of_points of a GPU, from the parameters' names: the kernels of all points are one convolution's.
 
     All of them, also where there are fewer points: a convolution of another shape might round otherwise.
     """
