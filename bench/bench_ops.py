@@ -32,14 +32,24 @@ def seconds(functions, repetitions, device):
     times = {name: [] for name in functions}
     for _ in range(repetitions + 1):
         for name, function in functions.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_on_gpu(function) if device.type == "cuda" else seconds_on_cpu(function))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def seconds_on_cpu(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def seconds_on_gpu(function):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def row(what, ours, other, target=None):
@@ -189,10 +199,11 @@ def bench_curve(ours, eager, steps=50):
 
 
 def bench_bandwidth(device):
-    """GB/s of the memory-bound kernels on a GPU, beside a copy's."""
+    """The memory-bound kernels on a GPU: time, GB/s, and the ratio to the floor, at which a copy moves their bytes."""
     x = torch.randn(512, 128, 32, 32, device=device)
     weight, bias, y = torch.ones(128, device=device), torch.zeros(128, device=device), torch.empty_like(x)
     pooled, mean, rstd = torch.ops.lottery.norm_relu_pool(x, weight, bias, 1e-5)
+    last, pooled_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, pooled))
     states, coefficients = torch.randn(2, 1 << 22, device=device), torch.randn(16, 2, device=device)
     points = torch.empty(16, 1 << 22, device=device)
     cases = {
@@ -200,13 +211,18 @@ def bench_bandwidth(device):
         "norm_relu_pool": (5 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool(x, weight, bias, 1e-5)),
         "norm_relu_pool_backward": (
             9 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool_backward(pooled, x, weight, bias, mean, rstd)),
+        "norm_relu_pool, NHWC": (5 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool(last, weight, bias, 1e-5)),
+        "norm_relu_pool_backward, NHWC": (9 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool_backward(
+            pooled_last, last, weight, bias, mean, rstd)),
         "bias_relu_": (12 * x.numel(), lambda: torch.ops.lottery.bias_relu_(y, bias, x)),
         "combine_": (
             (4 * 2 + 4 * 16) << 22, lambda: torch.ops.lottery.combine_(points, states, coefficients, None)),
     }
     time = seconds({name: function for name, (_, function) in cases.items()}, 20, device)
     for name, (moved, _) in cases.items():
-        print(f"{name:<28} {moved / time[name] / 1e9:8.1f} GB/s")
+        floor = moved / cases["copy"][0] * time["copy"]
+        print(f"{name:<30} {time[name] * 1e3:8.3f} ms {moved / time[name] / 1e9:8.1f} GB/s, floor {floor * 1e3:8.3f} ms: "
+              f"x {time[name] / floor:.2f}")
 
 
 def main():

@@ -133,7 +133,8 @@ Three norm_relu_pool_backward(const Tensor& grad_, const Tensor& x_, const Tenso
 Tensor norm_relu_pool_points(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, double eps) {
   check_norm_relu_pool_points(x_, weight_, bias_);
   const c10::cuda::CUDAGuard guard(x_.device());
-  const Tensor x = x_.contiguous(at::MemoryFormat::ChannelsLast), weight = weight_.contiguous(), bias = bias_.contiguous();
+  const Tensor x = x_.contiguous(at::MemoryFormat::ChannelsLast), weight = weight_.contiguous();
+  const Tensor bias = bias_.contiguous();
   const int64_t points = weight.size(0), channels = weight.size(1);
   const Tensor pooled = at::empty({points, x.size(0), x.size(2) / 2, x.size(3) / 2, channels}, x.options());
   const Tensor mean = at::empty({x.size(0), x.size(1)}, weight.options()), rstd = at::empty_like(mean);

@@ -11,7 +11,7 @@ constexpr int kDsaThreads = 256;
 struct DsaColour {
   float brightness, saturation, contrast;
 };
-struct DsaTransform {  // pixel (row, column) of the result is read at x = a column + b row + c, y = d column + e row + f
+struct DsaTransform {  // pixel (row, column) is read at x = a column + b row + c, y = d column + e row + f
   float a, b, c, d, e, f;
 };
 

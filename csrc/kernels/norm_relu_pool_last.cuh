@@ -5,7 +5,7 @@
 
 namespace lottery {
 
-constexpr int kLastThreads = 256, kLastLanes = 8, kLastRows = kLastThreads / kLastLanes;  // a block's, a pixel's, pixels
+constexpr int kLastThreads = 256, kLastLanes = 8, kLastRows = kLastThreads / kLastLanes;  // of a block, a pixel
 
 // Whether N channels at a time can be taken of all tensors, whose images' channels lie in `groups`.
 template <int N, class T>
@@ -57,8 +57,8 @@ __device__ inline void for_last_cells(int row, int height, int width, const F& f
 // pooled [groups, N, H / 2, W / 2, C / groups], means and rstds [N, C]; N channels a thread, all in one group
 template <class T, class A, int N>
 __global__ void __launch_bounds__(kLastThreads)
-    norm_relu_pool_last_kernel(const T* x, const A* weight, const A* bias, T* pooled, A* means, A* rstds, long long images,
-                               int channels, int groups, int height, int width, A eps) {
+    norm_relu_pool_last_kernel(const T* x, const A* weight, const A* bias, T* pooled, A* means, A* rstds,
+                               long long images, int channels, int groups, int height, int width, A eps) {
   __shared__ A shared[kLastThreads / 32 * kLastLanes * N];
   const Lane<N> lane(channels);
   const int size = lane.inside ? height * width : 0, cells = height / 2 * (width / 2), of_group = channels / groups;

@@ -340,7 +340,8 @@ void test_norm_relu_pool_last(int channels, int groups, int height, int width, c
   };
   using Many = std::integral_constant<int, kPack<T>>;
   using One = std::integral_constant<int, 1>;
-  takes_packs<kPack<T>>(channels, groups, (const T*)x.data, (const T*)pooled.data, none) ? launch(Many()) : launch(One());
+  takes_packs<kPack<T>>(channels, groups, (const T*)x.data, (const T*)pooled.data, none) ? launch(Many())
+                                                                                         : launch(One());
   takes_packs<kPack<T>>(channels, 1, (const T*)x.data, (const T*)grad.data, (const T*)dx.data) ? launch_backward(Many())
                                                                                                : launch_backward(One());
   double error = 0, error_backward = 0;
