@@ -17,7 +17,7 @@ constexpr int64_t kGradParts = 8;               // at least, of a weight gradien
 // Planes an odd number of cache lines apart do not compete for the same sets of the first-level cache.
 int64_t spread(int64_t floats) { return (ceil_div<int64_t>(floats, 16) | 1) * 16; }
 
-// Of the first-level data cache, for a tile of the source: three quarters of what the system says it has, else of 32 KB.
+// For a tile of the source: three quarters of the first-level data cache that the system says it has, else of 32 KB.
 int64_t first_level_bytes() {
   long size = 0;
 #ifdef _SC_LEVEL1_DCACHE_SIZE
