@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.data import DATASETS, load_real
+from common.data import DATASETS
 from common.distilled import decode_tiles, load_distilled, neighbour_correlation
 from common.errors import UserError
 from common.streams import random_stream
