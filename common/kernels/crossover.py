@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..errors import UserError
 from ..files import locked
 from ..networks import ConvNet3, blocks_of
 from . import build
@@ -94,7 +95,7 @@ def kept_costs(about, measure):
         try:
             with locked(path.with_suffix(".lock"), wait=True):
                 memory[about] = read(path, about) or measure_and_write(path, about, measure)
-        except OSError:  # a folder that cannot be written
+        except (OSError, UserError):  # a folder that cannot be written
             memory[about] = measure()
     return memory[about]
 
