@@ -221,8 +221,8 @@ def bench_bandwidth(device):
     time = seconds({name: function for name, (_, function) in cases.items()}, 20, device)
     for name, (moved, _) in cases.items():
         floor = moved / cases["copy"][0] * time["copy"]
-        print(f"{name:<30} {time[name] * 1e3:8.3f} ms {moved / time[name] / 1e9:8.1f} GB/s, floor {floor * 1e3:8.3f} ms: "
-              f"x {time[name] / floor:.2f}")
+        print(f"{name:<30} {time[name] * 1e3:8.3f} ms {moved / time[name] / 1e9:8.1f} GB/s, "
+              f"floor {floor * 1e3:8.3f} ms: x {time[name] / floor:.2f}")
 
 
 def main():

@@ -181,7 +181,7 @@ def plain_loop(model, split, recipe, generator, mask):
             if torch.rand((), generator=generator) < recipe.cutmix:
                 images, second, kept = pasted(images, labels, generator)
             if blocks_of(model) is None:
-                seed_from(generator)
+                seed_from(generator, model)
             logits, kept = network(images), torch.tensor(kept)
             losses = [F.cross_entropy(logits, y, reduction="sum") / len(index) for y in (labels, second)]
             loss = kept * losses[0] + (1 - kept) * losses[1]
