@@ -140,16 +140,16 @@ def training_table(rows):
 
 def ways_table(rows):
     """A line a family and way, with the difference from the right way on the same endpoints (weights: same seeds)."""
-    found = cells(rows, ("family", "way", "round"))
+    found = cells(rows, ("family", "search", "way", "round"))
     lines = []
-    for (family, way, number), cell in found.items():
-        right = found[family, "masked", number]
-        line = [NAMES[family], f"{float(next(iter(cell.values()))['sparsity']):.1f}", way, len(cell)]
+    for (family, search, way, number), cell in found.items():
+        right = found[family, "preset" if way == "weights" else search, "masked", number]
+        line = [NAMES[family], search, f"{float(next(iter(cell.values()))['sparsity']):.1f}", way, len(cell)]
         for measure, digits in (("train_loss_barrier", 4), ("test_loss_barrier", 4), ("test_error_barrier", 2)):
             line.append(shown(values(cell, measure), digits))
             line.append("" if way == "masked" else effect(differences(cell, right, measure), digits))
         lines.append(line)
-    header = ["masks", "sparsity (%)", "way", "seeds"]
+    header = ["masks", "search", "sparsity (%)", "way", "seeds"]
     for title in ("training loss barrier", "validation loss barrier", "test error barrier (%)"):
         header += [title, "against masked"]
     return table(header, lines)

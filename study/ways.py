@@ -27,7 +27,7 @@ from common.training import Recipe  # noqa: E402
 def main():
     study = runs.study(__doc__)
     families = runs.families(study, "imp", "synthetic", "published")
-    cells = [(family, "preset") for family in families]
+    cells = [(family, search) for search in ("preset", "hot") for family in families]
     runs.find_masks(study, "imp", "weights")
     for cell in cells:
         runs.find_masks(study, *cell)
