@@ -249,7 +249,7 @@ def draw_bars(axes, rows, measure, title, axis="search"):
     for place, number in enumerate(rounds):
         sparsity = next(float(row["sparsity"]) for row in rows if int(row["round"]) == number)
         axes.plot([], [], "os^v"[place], color="grey", label=f"{sparsity:.0f}% sparse")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=3)  # off the intervals
 
 
 def draw(rows, measures, path):
