@@ -33,11 +33,15 @@ struct Walk {
   int64_t ahead;    // from a position in the source to the row below those that a gather at it reads
 };
 
-// Weight gradients are summed four at a time: first quads that share their source vector, then quads of any four.
-struct Quads {
-  const int32_t* source;  // [slots], offset in the source
-  const int32_t* grad;    // [slots], offset in the gradient
-  int64_t shared, any, end;  // slots [shared, any) share, [any, end) do not
+// Weights whose gradients are dot products, in lists that share one channel of the output's gradient. A list has a
+// multiple of four slots, for four are summed at a time. This is the part [first, last) of the lists, which has one owner.
+struct Dots {
+  const int32_t* begin;    // slots of list k: [begin[k], begin[k + 1])
+  const int32_t* grad;     // of each list, offset in the gradient
+  const int32_t* source;   // of each slot, offset in the source
+  int64_t first, last;     // lists
+  int64_t sources, plane;  // planes of the source that they meet, and floats from one to the next
+  int64_t ahead;           // from a position in the source to the first of them, at the row below a tile of two rows
 };
 
 // The pointwise work behind a convolution, for one channel of L images: a = scale * z + shift (+ residual), ReLU,
@@ -64,10 +68,10 @@ struct Kernels {
   // The way back: images[lane][y, x, c] = src[c, y, x].
   void (*separate)(Grid<const float> src, float* const* images, int64_t channels, int64_t height, int64_t width);
 
-  // sum[k] += dot products over all positions and lanes of source k (walked with `stride`) and gradient k, for `count`
-  // groups of quads.
+  // sum[k] += dot products over all positions and lanes of source k (walked with `stride`) and its list's gradient, for
+  // `count` parts.
   void (*weight_grad)(Grid<const float> src, int64_t stride, Grid<const float> grad, int64_t height, int64_t width,
-                      const Quads* quads, int64_t count, float* sum);
+                      const Dots* parts, int64_t count, float* sum);
 
   // mean and sum of squared deviations of n vectors, per lane.
   void (*moments)(const float* z, int64_t n, float* mean, float* deviation);

@@ -10,9 +10,8 @@
 namespace lottery::sparse {
 namespace {
 
-constexpr int64_t kWorthwhile = 24;             // weights in a list, for which its sums are loaded and stored
-constexpr int64_t kGradChannels = 32;           // gradient channels that a tile of the weight gradient keeps close
-constexpr int64_t kGradParts = 8;               // at least, of a weight gradient, for as many threads
+constexpr int64_t kWorthwhile = 24;  // weights in a list, for which its sums are loaded and stored
+constexpr int64_t kGradParts = 8;    // at least, of a weight gradient, for as many threads
 
 // Planes an odd number of cache lines apart do not compete for the same sets of the first-level cache.
 int64_t spread(int64_t floats) { return (ceil_div<int64_t>(floats, 16) | 1) * 16; }
@@ -59,7 +58,7 @@ SparseConv::SparseConv(const Tensor& mask, int64_t height, int64_t width, int64_
   const Tensor kept = mask.contiguous();
   list_forward(kept.data_ptr<bool>());
   list_input(kept.data_ptr<bool>());
-  list_quads(kept.data_ptr<bool>());
+  list_dots(kept.data_ptr<bool>());
 }
 
 // Input position stride * i + p receives the output positions i + (p + padding - k) / stride.
@@ -111,41 +110,35 @@ void SparseConv::list_input(const bool* mask) {
             }
 }
 
-// Per chunk of output and of input channels: weights of one input channel and tap by fours, then the rest by fours.
-void SparseConv::list_quads(const bool* mask) {
+// A list for each output channel, per block of input channels; parts of so many output channels that all threads have
+// work.
+void SparseConv::list_dots(const bool* mask) {
   const int64_t O = out.channels, C = in.channels, KH = weight_sizes[2], KW = weight_sizes[3];
-  const int64_t start = (in.halo - padding) * (in.row() + lanes());
-  struct Entry {
-    int64_t source, grad, index;
+  const int64_t start = (in.halo - padding) * (in.row() + lanes()), tile = (stride + KH) * (7 * stride + KW);
+  const int64_t step = channels_per_block(C, tile, double(nonzero()) / (O * C));
+  const int64_t part = ceil_div(O, ceil_div(kGradParts, ceil_div(C, step)));
+  auto push = [&](int64_t source, int64_t index) {
+    dot_source.push_back(static_cast<int32_t>(source));
+    dot_index.push_back(index);
   };
-  auto push = [&](const Entry& e) {
-    quad_source.push_back(static_cast<int32_t>(e.source));
-    quad_grad.push_back(static_cast<int32_t>(e.grad));
-    quad_index.push_back(e.index);
-  };
-  const int64_t sources = ceil_div(C, ceil_div(kGradParts, ceil_div(O, kGradChannels)));
-  for (int64_t part = 0; part < ceil_div(O, kGradChannels) * ceil_div(C, sources); part++) {
-    const int64_t chunk = part / ceil_div(C, sources) * kGradChannels, first = part % ceil_div(C, sources) * sources;
-    Quads q{nullptr, nullptr, static_cast<int64_t>(quad_index.size()), 0, 0};
-    std::vector<Entry> rest, group;
-    for (int64_t c = first; c < std::min(C, first + sources); c++)
-      for (int64_t k = 0; k < KH * KW; k++) {
-        group.clear();
-        for (int64_t o = chunk; o < std::min(O, chunk + kGradChannels); o++)
-          if (mask[(o * C + c) * KH * KW + k])
-            group.push_back({start + c * in.plane() + k / KW * in.row() + k % KW * lanes(),
-                             o * dz_plane + out.inside(), (o * C + c) * KH * KW + k});
-        const size_t full = group.size() / 4 * 4;
-        std::for_each(group.begin(), group.begin() + full, push);
-        rest.insert(rest.end(), group.begin() + full, group.end());
+  for (int64_t block = 0; block < C; block += step) {
+    const int64_t end = std::min(C, block + step);
+    for (int64_t first = 0; first < O; first += part) {
+      const int64_t last = std::min(O, first + part), lists = dot_grad.size();
+      for (int64_t o = first; o < last; o++) {
+        for (int64_t c = block; c < end; c++)
+          for (int64_t k = 0; k < KH * KW; k++)
+            if (mask[(o * C + c) * KH * KW + k])
+              push(start + c * in.plane() + k / KW * in.row() + k % KW * lanes(), (o * C + c) * KH * KW + k);
+        while (dot_index.size() % 4) push(start, -1);
+        dot_grad.push_back(static_cast<int32_t>(o * dz_plane + out.inside()));
+        dot_begin.push_back(static_cast<int32_t>(dot_index.size()));
       }
-    q.any = quad_index.size();
-    while (rest.size() % 4) rest.push_back({start, chunk * dz_plane + out.inside(), -1});
-    std::for_each(rest.begin(), rest.end(), push);
-    q.end = quad_index.size();
-    quads.push_back(q);
+      const int64_t ahead = start + block * in.plane() + (stride + KH) * in.row();
+      dots.push_back({nullptr, nullptr, nullptr, lists, lists + last - first, end - block, in.plane(), ahead});
+    }
   }
-  for (Quads& q : quads) q.source = quad_source.data(), q.grad = quad_grad.data();
+  for (Dots& d : dots) d.begin = dot_begin.data(), d.grad = dot_grad.data(), d.source = dot_source.data();
 }
 
 }  // namespace lottery::sparse

@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
   const bool plain = norm == kAffine && !gamma && !relu && pool == 1 && !residual, whole = z.numel() > 0;
   Tensor dx = wants_input ? at::empty_like(x) : Tensor(), g = residual ? at::empty_like(dy) : Tensor();
   Tensor sums = at::zeros({2, B, O, L}, x.options());
-  std::vector<float> weight_sums(c.quad_index.size(), 0.f);
+  std::vector<float> weight_sums(c.dot_index.size(), 0.f);
   c.forward_lists.read(weight.const_data_ptr<float>());
   c.input_lists.read(weight.const_data_ptr<float>());
   float* scratch = whole || plain ? nullptr : scratch_of(c.z_scratch, {threads, part, c.z_plane}).data_ptr<float>();
@@ -283,17 +283,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
         }
       });
     }
-    at::parallel_for(0, c.quads.size(), 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, c.dots.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t j = 0; j < blocks; j++)
         kernels().weight_grad({xp + (start + j) * C * c.in.plane(), c.in.plane(), c.in.row(), L}, c.stride,
-                              {dz + j * O * c.dz_plane, c.dz_plane, c.out.row(), L}, H, W, c.quads.data() + begin,
+                              {dz + j * O * c.dz_plane, c.dz_plane, c.out.row(), L}, H, W, c.dots.data() + begin,
                               end - begin, weight_sums.data());
     });
   }
   Tensor dweight = at::zeros(c.weight_sizes, x.options());
   float* dw = dweight.data_ptr<float>();
   for (size_t k = 0; k < weight_sums.size(); k++)
-    if (c.quad_index[k] >= 0) dw[c.quad_index[k]] = weight_sums[k];
+    if (c.dot_index[k] >= 0) dw[c.dot_index[k]] = weight_sums[k];
   Tensor dbeta = own_sums[0].sum(at::IntArrayRef({0, 2})), dbias,
          dgamma = own_sums[1].mul(rstd).sum(at::IntArrayRef({0, 2}));
   if (bias) {  // a norm over data takes the mean, and the bias with it, away

@@ -37,9 +37,9 @@ struct SparseConv : torch::CustomClassHolder {
   int64_t z_plane;   // out without halo, spread
   int64_t dz_plane;  // out with halo, spread
   Lists forward_lists, input_lists;
-  std::vector<int32_t> quad_source, quad_grad;
-  std::vector<int64_t> quad_index;  // into the dense weight, -1 = filler
-  std::vector<Quads> quads;
+  std::vector<int32_t> dot_begin{0}, dot_grad, dot_source;
+  std::vector<int64_t> dot_index;  // of each slot, into the dense weight, -1 = filler
+  std::vector<Dots> dots;
   Tensor z_scratch, dz_scratch;
 
   SparseConv(const Tensor& mask, int64_t height, int64_t width, int64_t halo, int64_t stride, int64_t padding);
@@ -54,7 +54,7 @@ struct SparseConv : torch::CustomClassHolder {
   int64_t gradient_halo(int64_t size, int64_t out_size, int64_t kernel) const;
   void list_forward(const bool* mask);
   void list_input(const bool* mask);
-  void list_quads(const bool* mask);
+  void list_dots(const bool* mask);
 };
 
 enum Norm { kAffine, kInstance, kBatch };  // scale and shift as given, statistics per image, statistics per batch
