@@ -137,16 +137,13 @@ class Stage:
 
 
 class Classifier:
-    """The linear layer, as a 1x1 convolution of one-pixel images; returns [N, classes]."""
+    """The linear layer, too small for lists; returns [N, classes]."""
 
-    def __init__(self, linear, mask, plans):
-        self.linear, self.mask, self.plans = linear, mask[:, :, None, None], plans
+    def __init__(self, linear, mask):
+        self.linear, self.mask = linear, mask
 
     def __call__(self, x):
-        x = Blocked(x.inside().flatten(1, 3)[:, :, None, None], 0, x.images)
-        plan = plan_for(self.plans, self.mask, x, 1, 0)
-        y, _, _ = sparse_conv(plan, x, self.linear.weight[:, :, None, None], self.linear.bias, halo=0)
-        return unblocked(y).flatten(1)
+        return F.linear(unblocked(x).flatten(1), self.linear.weight * self.mask, self.linear.bias)
 
 
 def plan_for(plans, mask, x, stride, padding):
@@ -199,8 +196,7 @@ class SparseNetwork:
             self.parts += self.parts_of(block)
         if isinstance(model, ResNet):
             self.parts.append(global_average_pool)
-        linear = self.plans.setdefault("linear", {})
-        self.parts.append(Classifier(model.linear, mask["linear.weight"], linear))
+        self.parts.append(Classifier(model.linear, mask["linear.weight"]))
 
     def parts_of(self, block):
         """The steps of a sparse block, Blocked -> Blocked."""
