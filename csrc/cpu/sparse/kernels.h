@@ -34,7 +34,8 @@ struct Walk {
 };
 
 // Weights whose gradients are dot products, in lists that share one channel of the output's gradient. A list has a
-// multiple of four slots, for four are summed at a time. This is the part [first, last) of the lists, which has one owner.
+// multiple of four slots, for four are summed at a time. This is the part [first, last) of the lists, which has one
+// owner.
 struct Dots {
   const int32_t* begin;    // slots of list k: [begin[k], begin[k + 1])
   const int32_t* grad;     // of each list, offset in the gradient
