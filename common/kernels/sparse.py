@@ -59,8 +59,23 @@ def blocked(x, halo):
     return Blocked(x.unflatten(0, (-1, lanes)).permute(0, 2, 3, 4, 1).contiguous(), halo, n)
 
 
+class ChangeLayoutBack(torch.autograd.Function):
+    """The data of a Blocked, C a multiple of 16 -> [N, C, H, W], channels last."""
+
+    @staticmethod
+    def forward(ctx, data, halo, images):
+        ctx.halo = halo
+        return torch.ops.lottery.sparse_unblocked(data, halo, images)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.lottery.sparse_blocked(grad.contiguous(memory_format=torch.channels_last), ctx.halo), None, None
+
+
 def unblocked(x):
     """Blocked -> [N, C, H, W]."""
+    if x.data.shape[1] % 16 == 0:
+        return ChangeLayoutBack.apply(x.data, x.halo, x.images)
     return x.inside().permute(0, 4, 1, 2, 3).flatten(0, 1)[:x.images]
 
 
