@@ -12,7 +12,7 @@ import torch
 from . import ranks
 from .arrays import (IMAGENET10, IMAGES, LABELS, as_bytes, channels_first, class_numbers, described, find_member,
                      headers, read_member, sides)
-from .errors import UserError, listed, note
+from .errors import UserError, first_line, listed, note
 from .pictures import inside, read_folders, visible
 from .streams import random_stream
 
@@ -78,6 +78,14 @@ def fixed_subset(split, count, purpose):
     if (count or len(split)) >= len(split):
         return split
     return split.subset(torch.randperm(len(split), generator=random_stream(0, purpose))[:count].sort()[0])
+
+
+def set_aside(real, count):
+    """(the rest, `count` random images) of the training images: what is tuned is not scored on the test set."""
+    if count >= len(real):
+        raise UserError(f"--hold-out {count}: there are {len(real)} training images")
+    order = torch.randperm(len(real), generator=random_stream(0, "hold out"))
+    return real.subset(order[count:].sort()[0]), real.subset(order[:count])
 
 
 def random_subset(split, ipc, num_classes, stream):
@@ -361,7 +369,7 @@ def download(name, data_dir):
         try:
             data = makers[name](str(data_dir / name), **which, download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{hint} (download: {str(error)[:80]})") from error
+            raise UserError(f"{hint} (download: {first_line(error)})") from error
         images = np.asarray(data.data)
         if name != "svhn":  # the only one that is N x C x H x W already
             images = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
