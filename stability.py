@@ -401,7 +401,9 @@ def main():
 def experiment(endpoints, settings_at, test):
     """Measure every ticket, print and draw what was found."""
     out, highlight = endpoints.folder, endpoints.args.highlight
-    first = {str(settings): path for path, settings in reversed(settings_at.items())}  # both families' r0 are one
+    first = {}
+    for path, settings in settings_at.items():
+        first.setdefault(str(settings), path)  # both families' r0 are one
     endpoints.train_ahead(first.values(), endpoints.args.orders)
     for path in ranks.share(first.values(), "lines of all tickets"):
         measure(endpoints, path, test, settings_at[path])

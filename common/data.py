@@ -145,7 +145,7 @@ def load_real(config, data_dir, device="cpu"):
     if known and found != (known.channels, size, known.num_classes):
         raise UserError(f"{place}: images of {sides(images.shape[1:])} in {classes} classes, but {name} has "
                         f"{known.channels} x {size} x {size} in {known.num_classes}; other data needs another name")
-    known = known or Dataset(*found, *statistics(images[:10_000]))
+    known = known or Dataset(*found, *mean_and_deviation(images[:10_000]))
     config.update(dataset=name, channels=found[0], image_size=found[1], num_classes=classes, flip=known.flip,
                   data_fingerprint=sha)
     note(*notes, *absent(place, parts[1][1], classes))
@@ -170,7 +170,7 @@ def data_fingerprint(*arrays):
     return digest.hexdigest()[:16]
 
 
-def statistics(images):
+def mean_and_deviation(images):
     """(mean, deviation) of every channel of uint8 images [N, C, H, W], in [0, 1]; exact sums, whatever the threads."""
     values = np.arange(256) / 255
     means, deviations = [], []

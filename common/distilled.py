@@ -170,7 +170,7 @@ def read_npz(path):
     return read_member(path, images, heads[images]), labels and read_member(path, labels, heads[labels])
 
 
-def halves(path):
+def pair_of_halves(path):
     """(file of images, file of labels), of which `path` is one; None when the other is not there."""
     name, suffix = path.name, path.suffix
     pairs = [(name.replace("label", "image"), name)]
@@ -185,7 +185,7 @@ def halves(path):
 
 def read_halves(path, value):
     """(images, labels) where they are kept apart: MTT's images_best.pt and labels_best.pt, .npy."""
-    files = halves(path)
+    files = pair_of_halves(path)
     if files is None:
         raise UserError(f"{path}: holds {contents(value)} alone; wanted images and labels, as images_best.pt and "
                         "labels_best.pt beside each other, or in one file")
@@ -195,7 +195,7 @@ def read_halves(path, value):
 def read_folder(folder, dataset):
     """(images, labels) of a folder that holds files of images and labels, class folders, or one file of both."""
     files = [file for file in visible(folder) if file.suffix in ARRAYS and os.path.isfile(file)]
-    pairs = sorted({halves(file) for file in files} - {None})
+    pairs = sorted({pair_of_halves(file) for file in files} - {None})
     if not pairs and any(os.path.isdir(place) for place in visible(folder)):
         parts, classes, notes = read_folders([folder], dataset.image_size, dataset.channels)
         note(*notes)

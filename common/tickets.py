@@ -160,8 +160,8 @@ def matched_names(path, found, wanted, model):
     for theirs, ours in itertools.zip_longest(files_layers, our_layers):
         file_layer, our_layer = files_layers.get(theirs, {}), our_layers.get(ours, {})
         if shapes(file_layer) != shapes(our_layer):
-            raise UserError(f"{path}: layer {theirs or 'missing'} {described(file_layer)} is not {model}'s "
-                            f"{ours or 'missing'} {described(our_layer)} (--model, --width, --norm and --dataset "
+            raise UserError(f"{path}: layer {theirs or 'missing'} {in_words(file_layer)} is not {model}'s "
+                            f"{ours or 'missing'} {in_words(our_layer)} (--model, --width, --norm and --dataset "
                             "choose the network)")
         names |= {f"{theirs}.{leaf}".lstrip("."): f"{ours}.{leaf}".lstrip(".") for leaf in file_layer}
     return names
@@ -180,7 +180,7 @@ def layers_of(state):
     return layers
 
 
-def described(layer):
+def in_words(layer):
     """The tensors of a layer in words."""
     return ", ".join(f"{leaf} {shape}" for leaf, shape in shapes(layer).items())
 
