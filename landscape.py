@@ -392,9 +392,9 @@ def main():
 def experiment(endpoints, settings, test):
     """Survey the planes of all tickets' endpoints, print and draw what was found."""
     args, ticket_at, train = endpoints.args, endpoints.ticket_at, endpoints.split
-    path = args.out / ("landscape.npz" if args.on == "real" else f"landscape_{args.on}.npz")
+    file = args.out / ("landscape.npz" if args.on == "real" else f"landscape_{args.on}.npz")
     chosen = list(ticket_at.values())
-    earlier = earlier_scores(path, settings, args.overwrite)
+    earlier = earlier_scores(file, settings, args.overwrite)
     split = test if args.on == "test" else train
     if args.on == "distilled":
         split = distilled_split(chosen, train)
@@ -405,18 +405,18 @@ def experiment(endpoints, settings, test):
     endpoints.train_ahead(ticket_at, args.orders)
     names = [name for name, _ in model.named_parameters()]
     planes = []
-    for path_of_ticket in ticket_at:
-        states = [endpoints.state(path_of_ticket, order) for order in range(args.orders)]
+    for path in ticket_at:
+        states = [endpoints.state(path, order) for order in range(args.orders)]
         planes.append(make_plane(args.plane, states, names, random_stream(args.seed or 0, "plane")))
     grids = square_grids(planes, args.grid)
     about = arrays_of(planes, grids) | {"labels": tickets.labels(chosen), "settings": json.dumps(settings)}
     scorers = [partial(score_points, model, plane, ticket["masks"], split, refresh)
                for plane, ticket in zip(planes, chosen)]
     permits = [partial(allowed, plane, args.bn, args.extrapolate) for plane in planes]
-    survey(path, planes, grids, scorers, permits, about, earlier)
+    survey(file, planes, grids, scorers, permits, about, earlier)
     if ranks.is_first():
-        show(path)
-        print(f"written: {path} and pictures")
+        show(file)
+        print(f"written: {file} and pictures")
 
 
 if __name__ == "__main__":

@@ -191,9 +191,9 @@ def over_pairs(results, curve):
     return np.array([pair[curve] for result in results for pair in result["pairs"]])
 
 
-def end_accuracy(results):
-    """Test accuracy of the endpoints themselves, the mean of the two for each pair."""
-    return over_pairs(results, "test_accuracy")[:, [0, -1]].mean(1)
+def mean_of_ends(results, curve):
+    """What a curve is at the endpoints themselves, the mean of the two for each pair."""
+    return over_pairs(results, curve)[:, [0, -1]].mean(1)
 
 
 def grouped(results):
@@ -209,7 +209,7 @@ def table_rows(results):
     rows = []
     for result in results:
         own = {key: result[key] for key in ("mask", "family", "round", "sparsity")} | result["settings"]
-        for pair, accuracy in zip(result["pairs"], end_accuracy([result])):
+        for pair, accuracy in zip(result["pairs"], mean_of_ends([result], "test_accuracy")):
             rows.append(own | {"orders": pair["orders"], "test_accuracy": accuracy} | barriers(pair))
     return rows
 
@@ -232,7 +232,8 @@ def print_spread(results):
     """Barriers of each family and sparsity, mean and standard deviation over pairs and seeds."""
     print("\nfamily                       sparsity pairs train loss barrier  test error barrier    test accuracy")
     for (family, percent), group in grouped(results).items():
-        columns = over_pairs(group, "barrier_train_loss"), over_pairs(group, "barrier_test_error"), end_accuracy(group)
+        heights = over_pairs(group, "barrier_train_loss"), over_pairs(group, "barrier_test_error")
+        columns = *heights, mean_of_ends(group, "test_accuracy")
         cells = itertools.chain(*map(evaluation.mean_and_std, columns))
         print("{:<28} {:>7g}% {:>5} {:>9.4f} ± {:.4f} {:>10.2%} ± {:>6.2%} {:>8.2%} ± {:>5.2%}".format(
             family if percent else f"dense ({family})", percent, len(columns[0]), *cells))
@@ -309,7 +310,7 @@ def summary_rows(results):
             if percent in imp:
                 raise UserError(f"--summary divides by IMP's accuracy, but there are two IMPs at {percent:g}%: "
                                 f"{family} and another; give one experiment's results")
-            imp[percent] = end_accuracy(group).mean()
+            imp[percent] = mean_of_ends(group, "test_accuracy").mean()
     rows = defaultdict(list)
     for (family, percent), group in groups.items():
         if percent not in imp:
@@ -318,8 +319,8 @@ def summary_rows(results):
         few = config["data"] in ("distilled", "subset")
         compression = round(images / config["num_classes"] / config["ipc"]) if few else 1
         heights = over_pairs(group, "midpoint_barrier_train_loss")
-        ends = over_pairs(group, "train_loss")[:, [0, -1]].mean(1)
-        measures = heights, 1 + heights / ends, end_accuracy(group) / imp[percent]
+        ends = mean_of_ends(group, "train_loss")
+        measures = heights, 1 + heights / ends, mean_of_ends(group, "test_accuracy") / imp[percent]
         rows[family, compression].append((percent, *map(evaluation.mean_and_std, measures)))
     return rows
 

@@ -1,8 +1,11 @@
 """Endpoints: tickets trained on real data in one data order; trained once, and found again by the other scripts."""
 import itertools
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import files, ranks, training
+from .data import Split
 from .errors import UserError
 from .networks import build_network
 from .streams import random_stream
@@ -104,16 +107,18 @@ def train_endpoint(path, about, init, start, last, split, recipe, generator):
     return point
 
 
+@dataclass
 class Endpoints:
-    """The endpoints of a command's tickets in a folder, each trained, or found there, when it is asked for.
+    """The endpoints of a command's tickets in a folder, each trained, or found there, when it is asked for."""
 
-    `ticket_at` {path: ticket}, `split` the real data, `args` the flags of cli.ticket_flags and `overwrite`; the first
-    `shared` epochs are the same in all orders.
-    """
+    folder: Path
+    ticket_at: dict  # {path: ticket}
+    split: Split  # of real data
+    args: Namespace  # what cli.ticket_flags adds, and `overwrite`
+    shared: int = 0  # the first epochs, the same in all orders
 
-    def __init__(self, folder, ticket_at, split, args, shared=0):
-        self.folder, self.ticket_at, self.split, self.args, self.shared = folder, ticket_at, split, args, shared
-        self.names = result_names(ticket_at)
+    def __post_init__(self):
+        self.names = result_names(self.ticket_at)
 
     def recipe(self, path):
         return real_recipe(self.ticket_at[path]["config"], self.args.epochs, self.args.lr, self.args.batch_size)
@@ -131,8 +136,9 @@ class Endpoints:
         if ranks.current().size == 1:
             return
         paths = list({self.names[path]: path for path in paths}.values())  # of one ticket, one
-        for path in ranks.share(paths, "epochs shared by the orders", self.shared) if self.shared else ():
-            self.state(path, None)
+        if self.shared:
+            for path in ranks.share(paths, "epochs shared by the orders", self.shared):
+                self.state(path, None)
         epochs = self.recipe(paths[0]).epochs
         for path, order in ranks.share(itertools.product(paths, range(orders)), "epochs of all endpoints", epochs):
             self.state(path, order)

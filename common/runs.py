@@ -74,8 +74,7 @@ def row_of(ticket, seconds, parameters):
 
 def read_seconds(out):
     """{round: seconds} of an earlier run in `out`. Only results.csv holds times: tickets are reproducible."""
-    path = out / "results.csv"
-    rows = files.read_csv(path, ("round", "sparsity")) if path.exists() else []
+    rows = read_results(out) if (out / "results.csv").exists() else []
     return {int(row["round"]): row["seconds"] for row in rows if "seconds" in row}
 
 
