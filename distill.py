@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while PyTorch is imported
 
-import io
 import math
 import shlex
 import statistics
@@ -35,18 +34,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from common import cli, curves, files, ranks
-from common.augment import draw_dsa, dsa
+from common.augment import draw_dsa, dsa, usual_augmentation
 from common.bars import Bar
 from common.cli import at_least, positive, within
-from common.data import Dataset, load_real
-from common.distilled import decode_tiles, load_distilled
+from common.data import load_real, set_aside
+from common.distilled import contact_sheet, decode_tiles, distilled_of, encode_tiles
 from common.errors import UserError
 from common.evaluation import evaluate
-from common.networks import BasicBlock, build_network
+from common.networks import build_network
 from common.streams import random_stream
 from common.training import Training, recipe_of, train, train_with_bar
 
@@ -64,19 +62,6 @@ DEFAULTS = dict(model="convnet3", width=None, norm="instance", real_images=64, s
 #############################################
 #             Synthetic images              #
 #############################################
-
-
-def encode_tiles(images, factor):
-    """images [ipc * factor**2, C, H, W] of one class, made small, as the tiles of [ipc, C, H, W].
-
-    In the order of decode_tiles, whose inverse this is up to the loss of resolution.
-    """
-    size = images.shape[-1]
-    side = math.ceil(size / factor)
-    tiles = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-    tiles = tiles.unflatten(0, (factor, factor, -1))  # [row, column, ipc, C, side, side]
-    canvas = tiles.permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)
-    return canvas[:, :, :size, :size].clamp(0, 1)
 
 
 def decode(images, real, factor):
@@ -142,26 +127,8 @@ def herd(embeddings, count):
 
 
 def draw_network(config, seed, device):
-    """A network at initialisation. `resnet10ap` is IDC's: resnet10 with average pooling."""
-    average = config["model"] in ("resnet10ap", "resnet18ap")
-    model = config["model"].removesuffix("ap") if average else config["model"]
-    network = build_network(config | {"model": model}, seed).to(device)
-    return average_pooled(network) if average else network
-
-
-def average_pooled(network):
-    """Turn the strides and the max pooling of a ResNet into average pooling (Kim et al. 2022, ResNetAP)."""
-    if network.conv1.stride == (2, 2):
-        network.conv1.stride = (1, 1)
-        network.pool1 = nn.AvgPool2d(4)
-    for block in network.modules():
-        if isinstance(block, BasicBlock) and block.conv1.stride == (2, 2):
-            block.conv1.stride = (1, 1)
-            block.relu1 = nn.Sequential(block.relu1, nn.AvgPool2d(2))
-            conv, norm = block.shortcut.conv, block.shortcut.norm
-            conv.stride = (1, 1)
-            block.shortcut = nn.Sequential(conv, nn.AvgPool2d(2), norm)
-    return network
+    """A network at initialisation."""
+    return build_network(config, seed).to(device)
 
 
 def embedding_and_classifier(network):
@@ -220,25 +187,22 @@ def embedding_distance(network, real, synthetic, label, cross_entropy=0.):
     return distance
 
 
-def matching_draw(config, stream):
-    """One draw for the two batches of a class: DSA, or for idc colour, crop and cutout (Kim et al.'s code)."""
-    if config["method"] == "idc":
-        return draw_dsa(stream, flip=False, geometries=("crop",), cutout=True)
-    return draw_dsa(stream, flip=config["flip"])
-
-
 def match(network, images, real, members, config, stream):
     """Add the gradient of the matching loss to images.grad, class by class, and return the mean loss of a class.
 
-    The batches of a class share one draw of the augmentation (Zhao & Bilen 2021). Of several ranks each matches its
-    own classes, after all draws of all classes.
+    The batches of a class share one draw of the augmentation (Zhao & Bilen 2021): DSA, or for idc colour, crop and
+    cutout (Kim et al.'s code). Of several ranks each matches its own classes, after all draws of all classes.
     """
+    if config["method"] == "idc":
+        augmentation = dict(flip=False, geometries=("crop",), cutout=True)
+    else:
+        augmentation = dict(flip=config["flip"])
     group = ranks.current()
     losses = torch.zeros(len(members), dtype=torch.float64)
     for label, own in enumerate(members):
         chosen = own[torch.randint(len(own), (config["real_images"],), generator=stream)]
         shuffled = torch.randperm(len(images[label]) * config["factor"] ** 2, generator=stream)
-        draw = matching_draw(config, stream)
+        draw = draw_dsa(stream, **augmentation)
         if label % group.size != group.rank:
             continue
         batch, _ = real.batch(chosen)
@@ -349,8 +313,7 @@ def distill(real, config, out, budget=math.inf):
 
 
 def curve_row(run, config, first, began):
-    """The row of curves.csv of the epoch just finished: the iterations with one network, since the time `began` from
-    number `first` on. Images are the real ones matched."""
+    """The row of curves.csv of the iterations from `first` on, since the time `began`; images are real ones matched."""
     step, inner = len(run.losses), config["inner"]
     images = (step - first) * config["real_images"] * len(run.images)
     return {"step": step, "epoch": step // inner, "loss": statistics.mean(run.losses[-inner:]),
@@ -361,15 +324,6 @@ def curve_row(run, config, first, began):
 #############################################
 #                   Files                   #
 #############################################
-
-
-def contact_sheet(images):
-    """PNG bytes of images [classes, ipc, C, H, W] in [0, 1]: a row a class, a column an image, undecoded."""
-    classes, ipc, channels, size, _ = images.shape
-    pixels = (images * 255).round().byte().permute(0, 3, 1, 4, 2).reshape(classes * size, ipc * size, channels)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(2).cpu().numpy()).save(buffer, "png", optimize=True)
-    return buffer.getvalue()
 
 
 def save_run(run, out, config):
@@ -405,8 +359,8 @@ def load_checkpoint(out, config, device):
 
 def measure(path, real, test, config, args):
     """Print the row of the distilled set in `path` and return what config.json keeps of it."""
-    dataset = Dataset(config["channels"], config["image_size"], config["num_classes"], real.mean, real.std)
-    distilled = load_distilled(path, dataset, args.ipc, args.factor, test.images.device)
+    named = config | {"distilled": path, "factor": args.factor}
+    distilled = distilled_of(named, real.mean, real.std, test.images.device)
     affordable = 1000 if test.images.device.type == "cuda" else max(1, 60_000 // len(distilled))
     recipe = recipe_of(config, args.epochs or min(1000, affordable))
     accuracies = accuracies_on(distilled, test, config | {"width": args.eval_width}, recipe, args.repeats)
@@ -434,26 +388,18 @@ def accuracies_on(distilled, test, config, recipe, repeats):
 #############################################
 
 
-def parsed_arguments():
+def parse(argv=None):
     parser = cli.Parser(__doc__)
     flag = parser.add_argument
     flag("--dataset", default="cifar10", help="name or folder, as in prune.py (cifar10)")
-    flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
-    flag("--image-size", type=cli.side, help="side in pixels of images in class folders (the dataset's, or theirs)")
+    cli.place_flags(parser)
     flag("--ipc", type=positive, default=10, help="stored images per class (10)")
     flag("--factor", type=positive, help="tiles along a side of a stored image (2; digits 1, imagenet10 3)")
     flag("--method", choices=SETTINGS, help="(idc with CUDA, else dm)")
     flag("--seed", type=cli.seed, default=0)
     flag("--out", type=cli.folder, help="folder (distilled/<dataset>_ipc<ipc>)")
     flag("--budget", type=within(0), default=math.inf, metavar="MINUTES", help="stop then, keeping the set so far")
-    cli.log_flag(parser)
-    cli.device_flags(parser)
-    method_flags(parser)
-    measure_flags(parser)
-    return parser.parse_args()
-
-
-def method_flags(parser):
+    cli.machine_flags(parser)
     flag = parser.add_argument_group("settings of the method", "the defaults are the method's; idc: those of its paper "
                                      "for CIFAR, and for ImageNet-10 on images above 64 pixels").add_argument
     flag("--outer", type=positive, help="networks matched in, one after the other")
@@ -469,9 +415,6 @@ def method_flags(parser):
                          "package.module:callable that returns an nn.Sequential")
     flag("--width", type=cli.width, help="its channels in the first layer (idc: full; dm, idm: 32)")
     flag("--norm", choices=("instance", "batch", "none"), help="its normalisation (instance)")
-
-
-def measure_flags(parser):
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--evaluate", type=Path, metavar="PATH", help="only measure this set: any format prune.py --distilled reads")
     flag("--repeats", type=at_least(0), default=2, help="networks trained from scratch on the set; 0: none (2)")
@@ -479,35 +422,25 @@ def measure_flags(parser):
          help="set N training images aside and score on these, not on the test set: for tuning (none)")
     flag("--epochs", type=positive, help="of their training (1000; on a CPU what sees 60,000 images, at most 1000)")
     flag("--eval-width", type=cli.width, help="their channels in the first layer (full)")
+    return parser.parse_args(argv)
 
 
 def settings(args, image_size):
     """The settings of the method on images of this size, and the flags given over them."""
-    large = image_size > 64
-    published = IDC_IMAGENET if args.method == "idc" and large else SETTINGS[args.method]
+    published = IDC_IMAGENET if args.method == "idc" and image_size > 64 else SETTINGS[args.method]
     config = DEFAULTS | published
     config |= {key: value for key, value in vars(args).items() if key in config and value is not None}
-    augmentation = {"augment": "imagenet", "cutmix": 1.} if large else {"augment": "dsa", "cutmix": .5}
     factor = args.factor or {"digits": 1, "imagenet10": 3}.get(args.dataset, 2)
-    return config | augmentation | {"factor": factor}
-
-
-def set_aside(real, count):
-    """(the rest, `count` random images) of the training images: what is tuned is not scored on the test set."""
-    if count >= len(real):
-        raise UserError(f"--hold-out {count}: there are {len(real)} training images")
-    order = torch.randperm(len(real), generator=random_stream(0, "hold out"))
-    return real.subset(order[count:].sort()[0]), real.subset(order[:count])
+    return config | usual_augmentation(image_size) | {"factor": factor}
 
 
 def main():
-    args = parsed_arguments()
+    args = parse()
     if args.evaluate and not args.repeats:
         raise UserError("--evaluate with --repeats 0 has nothing to do")
     device = cli.start(args)
     args.method = args.method or ("idc" if device.type == "cuda" else "dm")
-    config = {"dataset": args.dataset, "image_size": args.image_size, "ipc": args.ipc, "method": args.method,
-              "seed": args.seed}
+    config = {key: getattr(args, key) for key in ("dataset", "image_size", "ipc", "method", "seed")}
     real, test = load_real(config, args.data_dir, device)
     args.dataset = config["dataset"]  # of a path, the name
     if args.hold_out:

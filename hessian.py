@@ -12,11 +12,7 @@ derivative of the loss along every weight: convnet3 of width 128, 2.6 CPU-second
 The paper counts pruned weights, whose second derivative is exactly 0: means and deviations shrink with sparsity alone.
 Every row is therefore printed twice, for all prunable weights and for the surviving ones.
 
-As a library, for a network and a batch of one's own:
-
-    diagonal = hessian.exact_diagonal(model.eval(), images, labels)
-    diagonal.whole["conv1.weight"]           # second derivatives of the mean loss, in the shape of the weight
-    diagonal.gauss_newton["conv1.weight"]    # their part that is never negative
+As a library: exact_diagonal(model.eval(), images, labels).whole["conv1.weight"] has the shape of the weight.
 """
 if __name__ == "__main__":
     import signal
@@ -34,13 +30,13 @@ import torch.nn.functional as F
 
 from common import cli, files, graph, ranks, tickets
 from common.bars import Bar, along
-from common.endpoints import check_apart, endpoint, real_recipe, result_names, train_ahead
+from common.endpoints import Endpoints, check_apart
 from common.errors import UserError
 from common.evaluation import mean_and_std
 from common.masks import apply_mask
 from common.figures import legend_of, style_of
 from common.networks import build_network
-from common.spectrum import Hessian, Spectrum, check_eval_mode, check_finite, own_images
+from common.spectrum import Hessian, Spectrum, check_eval_mode, check_finite
 from common.streams import random_stream
 from common.tangents import CURVED, bias_matters, carry, directions, entering, has_rule, linearise
 
@@ -292,8 +288,8 @@ def measure_exact(model, images, labels, mask, generator):
     """
     hessian = Hessian(model, images, labels, mask)
     top = hessian.top_eigenvalue(generator)
-    own = labels[own_images()]
-    *parts, method = exact_diagonal(model, images[own_images()], own, mask)
+    own = labels[ranks.own_part()]
+    *parts, method = exact_diagonal(model, images[ranks.own_part()], own, mask)
     for part in parts:
         for h in part.values():
             ranks.sum_over_ranks_(h.mul_(len(own) / len(labels)))
@@ -330,18 +326,19 @@ def totals(mask):
     return {"all": sum(kept.numel() for kept in mask.values()), "surviving": sum(int(m.sum()) for m in mask.values())}
 
 
-def analyse(path, name, ticket, train, settings, args):
+def analyse(endpoints, path):
     """The result of one ticket, from --out where it is there already, else computed and saved."""
-    file = result_file(args.out, name)
+    args, mask = endpoints.args, endpoints.ticket_at[path]["masks"]
+    file, settings = result_file(endpoints, path), settings_of(endpoints, path)
     result = earlier_result(file, settings)
     has_spectrum = result and result.get("spectrum", {}).get("probes") == args.spectrum
     if result and (has_spectrum or not args.spectrum):
         return result
-    model = trained_network(path, name, ticket, train, args)
-    batches = list(batches_of(train, settings))
-    result = result or measure(model, ticket, batches, settings)
+    model = trained_network(endpoints, path)
+    batches = list(batches_of(endpoints.split, settings))
+    result = result or measure(model, endpoints.ticket_at[path], batches, settings)
     if args.spectrum:
-        result["spectrum"] = spectra(model, ticket["masks"], batches, settings, args.spectrum)
+        result["spectrum"] = spectra(model, mask, batches, settings, args.spectrum)
     files.save(file, result)
     return result
 
@@ -350,9 +347,7 @@ def earlier_result(file, settings):
     """The result in a file, when it is of the same settings; else None. Raises UserError for a file of another kind."""
     if not ranks.broadcast(file.exists()):
         return None
-    earlier = files.load(file)
-    if not isinstance(earlier, dict) or earlier.get("format") != FORMAT:
-        raise UserError(f"{file} is in the result's place, but is none; choose another --out")
+    earlier = files.load_format(file, FORMAT, "in a result's place, but is none; choose another --out")
     if files.difference(earlier["settings"], settings, ignored=("sparse", "compile")):
         return None
     return earlier | {"settings": settings}
@@ -400,24 +395,18 @@ def spectra(model, mask, batches, settings, probes):
     return found
 
 
-def result_file(out, name):
-    return Path(out, f"{name}_hessian.pt")
+def result_file(endpoints, path):
+    return Path(endpoints.args.out, f"{endpoints.names[path]}_hessian.pt")
 
 
-def recipe_of_ticket(args, ticket):
-    """The Recipe of a ticket's training on real data, as the flags say."""
-    return real_recipe(ticket["config"], args.epochs, args.lr, args.batch_size)
-
-
-def trained_network(path, name, ticket, train, args):
+def trained_network(endpoints, path):
     """The ticket's endpoint of the first data order as a network in eval mode. Raises UserError."""
-    trained = endpoint(args.endpoints, name, ticket, train, 0, recipe_of_ticket(args, ticket), args.seed,
-                       overwrite=args.overwrite)
-    model = build_network(ticket["config"]).to(train.labels.device)
-    model.load_state_dict(trained["state"])
+    ticket = endpoints.ticket_at[path]
+    model = build_network(ticket["config"]).to(endpoints.split.labels.device)
+    model.load_state_dict(endpoints.state(path, 0))
     apply_mask(model, ticket["masks"])
     check_finite(f"{path}: the trained network", dict(model.named_parameters()))
-    return model.to(getattr(torch, args.dtype)).eval()
+    return model.to(getattr(torch, endpoints.args.dtype)).eval()
 
 
 def over_batches(figures):
@@ -526,9 +515,9 @@ def draw(results, path):
     """What was measured, in a panel for each sparsity with the families overlaid, and the dense network in each."""
     from matplotlib.figure import Figure
 
-    kinds = [(draw_histograms, "diagonal"), (draw_densities, "spectrum")]
-    kinds = [(draw_kind, [result for result in results if key in result]) for draw_kind, key in kinds]
-    kinds = [(draw_kind, shown) for draw_kind, shown in kinds if shown]
+    kinds = {draw_histograms: [result for result in results if "diagonal" in result],
+             draw_densities: [result for result in results if "spectrum" in result]}
+    kinds = {draw_kind: shown for draw_kind, shown in kinds.items() if shown}
     levels = sorted({percent(result) for result in results} - {0}) or [0]
     columns, lines = min(4, len(levels)), math.ceil(len(levels) / 4)
     families = sorted({result["family"] for result in results} - {"dense"})
@@ -537,7 +526,7 @@ def draw(results, path):
         styles["dense"] = {"color": "black", "label": "dense"}
     figure = Figure(figsize=(1.5 + 4 * columns, .7 + 3.2 * lines * len(kinds)), layout="constrained")
     panels = figure.subplots(len(kinds) * lines, columns, squeeze=False).reshape(len(kinds), -1)
-    for (draw_kind, shown), row in zip(kinds, panels):
+    for (draw_kind, shown), row in zip(kinds.items(), panels):
         draw_kind(dict(zip(levels, row)), shown, styles)
         for level, axes in zip(levels, row):
             axes.set_yscale("log")
@@ -615,12 +604,12 @@ def parse(argv=None):
     return args
 
 
-def settings_of(args, ticket, train):
+def settings_of(endpoints, path):
     """All that a result depends on; a result with equal settings is not computed again."""
-    config = ticket["config"]
-    return {"mask_sha": tickets.fingerprint(ticket), "images": len(train),
-            "seed": config["seed"] if args.seed is None else args.seed, "batch_seed": args.seed or 0,
-            "data_fingerprint": config.get("data_fingerprint"), **recipe_of_ticket(args, ticket)._asdict(),
+    args, ticket = endpoints.args, endpoints.ticket_at[path]
+    return {"mask_sha": tickets.fingerprint(ticket), "images": len(endpoints.split), "seed": endpoints.seed(path),
+            "batch_seed": args.seed or 0, "data_fingerprint": ticket["config"].get("data_fingerprint"),
+            **endpoints.recipe(path)._asdict(),
             **{key: getattr(args, key) for key in ("batch", "batches", "method", "weights", "probes", "dtype")}}
 
 
@@ -634,40 +623,29 @@ def check_before_training(args, ticket_at, train):
         if totals(ticket["masks"])["surviving"] == 0:
             raise UserError(f"{path}: no prunable weight survives, and so there is no Hessian diagonal to show")
     model = build_network(next(iter(ticket_at.values()))["config"]).to(train.labels.device).eval()
-    check_network(model, train.batch(slice(2))[0], args.method)
-
-
-def check_network(model, images, method):
-    """Raises UserError unless the network has logits of the images [n, C, H, W], and rules for the exact method."""
     check_eval_mode(model)
-    try:
-        with torch.no_grad():
-            logits = model(images.clone())  # which it may overwrite
-    except RuntimeError as error:
-        raise UserError(f"the network does not take the dataset's images ({graph.first_line(error)})") from error
-    if not torch.is_tensor(logits) or logits.dim() != 2:
-        raise UserError("the network returns something else than logits of images and classes")
-    if method == "exact":
+    images = train.batch(slice(2))[0]
+    if args.method == "exact":
         operations(model, images)
+    elif not torch.is_tensor(model(images.clone())):  # which it may overwrite
+        raise UserError("the network returns something else than a tensor of logits")
 
 
 def main():
     args = parse()
     ticket_at, train, _ = tickets.load_tickets(args.mask, args, cli.start(args))
     check_before_training(args, ticket_at, train)
-    names = result_names(ticket_at)
-    for name in names.values():
-        check_apart(result_file(args.out, name), ticket_at)
+    endpoints = Endpoints(args.endpoints, ticket_at, train, args)
+    for path in ticket_at:
+        check_apart(result_file(endpoints, path), ticket_at)
     with files.owned(args.out):
-        experiment(args, ticket_at, names, train)
+        experiment(endpoints, args)
 
 
-def experiment(args, ticket_at, names, train):
+def experiment(endpoints, args):
     """Analyse every ticket, print and draw what was found."""
-    train_ahead(args.endpoints, ticket_at, train, 1, partial(recipe_of_ticket, args), args.seed,
-                overwrite=args.overwrite)
-    results = {path: analyse(path, names[path], ticket, train, settings_of(args, ticket, train), args)
-               for path, ticket in ticket_at.items()}
+    endpoints.train_ahead(endpoints.ticket_at, 1)
+    results = {path: analyse(endpoints, path) for path in endpoints.ticket_at}
     if not ranks.is_first():
         return
     results = named(results)

@@ -39,11 +39,11 @@ import torch
 
 from common import cli, evaluation, files, ranks, tickets
 from common.bars import Bar
-from common.data import Dataset, fixed_subset
-from common.distilled import embedded_distilled, load_distilled
-from common.endpoints import endpoint, real_recipe, result_names, train_ahead
+from common.data import fixed_subset
+from common.distilled import distilled_of
+from common.endpoints import Endpoints
 from common.errors import UserError, note
-from common.figures import panels_for
+from common.figures import figure_of
 from common.networks import build_network
 from common.planes import STATES_NEEDED, make_plane, square_grids, vectors
 from common.streams import random_stream
@@ -172,7 +172,7 @@ def score_level(level, coefficients, scorer, scores, done, progress):
 
 def score_together(scorer, coefficients):
     """scorer(coefficients) [K, 3], of which each rank computes its part."""
-    own = slice(ranks.current().rank, None, ranks.current().size)
+    own = ranks.own_part()
     found = np.zeros((len(coefficients), 3))
     if len(found[own]):
         found[own] = scorer(coefficients[own])
@@ -213,10 +213,7 @@ def unpack(surface):
 
 def read_surface(path):
     """The arrays of landscape.npz. Raises UserError for another file or version."""
-    surface = files.load(path)
-    if not isinstance(surface, dict) or str(surface.get("format")) != FORMAT:
-        raise UserError(f"{path}: not a surface of this version of landscape.py ({FORMAT})")
-    return surface
+    return files.load_format(path, FORMAT, f"not a surface of this version of landscape.py ({FORMAT})")
 
 
 def earlier_scores(path, settings, overwrite):
@@ -259,8 +256,6 @@ def print_surface(surface):
 
 def draw_surface(surface, out, stem):
     """Fig. 5: <stem>.png, contours of the loss, and <stem>_surface.png; one logarithmic scale for all tickets."""
-    from matplotlib.figure import Figure
-
     stride, settings = finest(surface), json.loads(str(surface["settings"]))
     if stride is None:
         raise UserError("no level of the grid is finished yet: give the command that began it again")
@@ -269,10 +264,8 @@ def draw_surface(surface, out, stem):
     cap = min(max(np.nanmax(losses), 1.1 * lowest), max(4 * math.log(settings["num_classes"]), 2 * lowest))
     ticks = np.geomspace(lowest, cap, 7)
     legend = f"{settings['on'].replace('real', 'training')} loss, log scale, capped at {cap:.3g}"
-    size = 5 * min(3, len(losses)) + 1.2, 5 * math.ceil(len(losses) / 3)
-    flat, solid = (Figure(figsize=size, layout="constrained") for _ in range(2))
-    plans = panels_for(flat, len(losses), 3)
-    reliefs = panels_for(solid, len(losses), 3, subplot_kw={"projection": "3d"})
+    flat, plans = figure_of(len(losses), 5, 5, margin=1.2)
+    solid, reliefs = figure_of(len(losses), 5, 5, margin=1.2, subplot_kw={"projection": "3d"})
     for s, heights in enumerate(losses):
         xs, ys = surface["xs"][s, ::stride], surface["ys"][s, ::stride]
         plans[s].set(title=surface["labels"][s])
@@ -354,94 +347,76 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def settings_of(args, chosen):
-    """All that the surface of `chosen` tickets depends on. Raises UserError for fewer endpoints than a plane needs."""
+def settings_of(endpoints):
+    """All that the surface of the tickets depends on. Raises UserError for fewer endpoints than a plane needs."""
+    args = endpoints.args
     if args.orders < STATES_NEEDED[args.plane]:
         raise UserError(f"--orders {args.orders}: --plane {args.plane} needs {STATES_NEEDED[args.plane]} endpoints")
     masks = []
-    for ticket in chosen:
+    for path, ticket in endpoints.ticket_at.items():
         config = ticket["config"]
-        masks.append([tickets.fingerprint(ticket), config["seed"], *recipe_of_ticket(args, ticket)])
+        masks.append([tickets.fingerprint(ticket), config["seed"], *endpoints.recipe(path)])
     flags = ("plane", "orders", "grid", "on", "eval_images", "bn", "extrapolate", "seed")
     data = {key: config.get(key) for key in ("num_classes", "data_fingerprint")}
     return {key: getattr(args, key) for key in flags} | data | {"masks": masks}
-
-
-def recipe_of_ticket(args, ticket):
-    """The Recipe of a ticket's training on real data, as the flags say."""
-    return real_recipe(ticket["config"], args.epochs, args.lr, args.batch_size)
 
 
 def distilled_split(chosen, train):
     """The distilled set that the first synthetic ticket was found on, or the embedded one. Raises UserError."""
     configs = [ticket["config"] for ticket in chosen]
     config = next((config for config in configs if config["data"] == "distilled"), configs[0])
-    shape = Dataset(config["channels"], config["image_size"], config["num_classes"], train.mean, train.std)
-    ipc = config.get("ipc", 10)
-    path = config.get("distilled") or embedded_distilled(config["dataset"], ipc)
-    split = load_distilled(path, shape, ipc, config.get("factor"), train.labels.device)
-    if config.get("distilled_fingerprint", split.fingerprint) != split.fingerprint:
-        raise UserError(f"{path} holds another set (fingerprint {split.fingerprint}) than the masks were found on "
-                        f"({config['distilled_fingerprint']})")
+    split = distilled_of(config, train.mean, train.std, train.labels.device)
     if split.labels.ndim == 2:
-        note(f"{path}: its labels are soft; losses are those of the likeliest classes")
+        note("the distilled set's labels are soft; losses are those of the likeliest classes")
     return split.hard()
-
-
-def train_planes(ticket_at, train, names, args):
-    """The plane of each ticket through its trained (or found) endpoints."""
-    train_ahead(args.endpoints, ticket_at, train, args.orders, partial(recipe_of_ticket, args), args.seed,
-                overwrite=args.overwrite)
-    planes = []
-    for path, name in result_names(ticket_at).items():
-        ticket = ticket_at[path]
-        recipe = recipe_of_ticket(args, ticket)
-        states = [endpoint(args.endpoints, name, ticket, train, order, recipe, args.seed,
-                           overwrite=args.overwrite)["state"] for order in range(args.orders)]
-        planes.append(make_plane(args.plane, states, names, random_stream(args.seed or 0, "plane")))
-    return planes
 
 
 def show(path):
     """Draw and print a surface, finished or not; the pictures go beside its file."""
-    draw_surface(read_surface(path), path.parent, path.stem)
-    print_surface(read_surface(path))
+    surface = read_surface(path)
+    draw_surface(surface, path.parent, path.stem)
+    print_surface(surface)
 
 
 def main():
     args = parse()
     if args.plot:
         return show(args.plot)
-    device = cli.start(args)
-    ticket_at, train, test = tickets.load_tickets(args.mask, args, device)
-    settings = settings_of(args, list(ticket_at.values()))
-    path = args.out / ("landscape.npz" if args.on == "real" else f"landscape_{args.on}.npz")
+    ticket_at, train, test = tickets.load_tickets(args.mask, args, cli.start(args))
+    endpoints = Endpoints(args.endpoints, ticket_at, train, args)
+    settings = settings_of(endpoints)
     with files.owned(args.out):
-        experiment(args, path, settings, ticket_at, train, test, device)
+        experiment(endpoints, settings, test)
 
 
-def experiment(args, path, settings, ticket_at, train, test, device):
-    """Train the endpoints, survey their planes into the file `path`, print and draw what was found."""
+def experiment(endpoints, settings, test):
+    """Survey the planes of all tickets' endpoints, print and draw what was found."""
+    args, ticket_at, train = endpoints.args, endpoints.ticket_at, endpoints.split
+    file = args.out / ("landscape.npz" if args.on == "real" else f"landscape_{args.on}.npz")
     chosen = list(ticket_at.values())
-    earlier = earlier_scores(path, settings, args.overwrite)
+    earlier = earlier_scores(file, settings, args.overwrite)
     split = test if args.on == "test" else train
     if args.on == "distilled":
         split = distilled_split(chosen, train)
     split = fixed_subset(split, args.eval_images, "evaluate")
-    model = build_network(chosen[0]["config"]).to(device)
+    model = build_network(chosen[0]["config"]).to(train.labels.device)
     has_batchnorm = any(name.endswith("running_var") for name in model.state_dict())
     refresh = fixed_subset(train, 1000, "batchnorm") if has_batchnorm and args.bn == "recompute" else None
-    planes = train_planes(ticket_at, train, [name for name, _ in model.named_parameters()], args)
+    endpoints.train_ahead(ticket_at, args.orders)
+    names = [name for name, _ in model.named_parameters()]
+    planes = []
+    for path in ticket_at:
+        states = [endpoints.state(path, order) for order in range(args.orders)]
+        planes.append(make_plane(args.plane, states, names, random_stream(args.seed or 0, "plane")))
     grids = square_grids(planes, args.grid)
-    labels = tickets.labels(chosen)
-    about = arrays_of(planes, grids) | {"labels": labels, "settings": json.dumps(settings)}
+    about = arrays_of(planes, grids) | {"labels": tickets.labels(chosen), "settings": json.dumps(settings)}
     scorers = [partial(score_points, model, plane, ticket["masks"], split, refresh)
                for plane, ticket in zip(planes, chosen)]
     permits = [partial(allowed, plane, args.bn, args.extrapolate) for plane in planes]
-    survey(path, planes, grids, scorers, permits, about, earlier)
+    survey(file, planes, grids, scorers, permits, about, earlier)
     if ranks.is_first():
-        show(path)
-        print(f"written: {path} and pictures")
+        show(file)
+        print(f"written: {file} and pictures")
 
 
 if __name__ == "__main__":

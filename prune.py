@@ -37,19 +37,20 @@ from pathlib import Path
 import torch
 
 from common import cli, evaluation, files, ranks, training
+from common.augment import usual_augmentation
 from common.cli import at_least, positive, within
-from common.data import DATASETS, Dataset, load_real, random_subset
-from common.distilled import embedded_distilled, load_distilled
-from common.endpoints import check_folder_apart, real_recipe
+from common.data import DATASETS, load_real, random_subset
+from common.distilled import distilled_of
+from common.endpoints import check_apart, real_recipe
 from common.errors import UserError
 from common.figures import draw_runs
 from common.masks import dense_mask, magnitude_mask, pruned, shuffled
-from common.networks import aliases, build_network, check_network, prunable, roles
+from common.networks import aliases, build_network, check_network, print_parameters, prunable
 from common.overlap import compare
+from common.runs import prepare_folder, print_table, read_seconds, row_of
 from common.scores import PASSES, SCORES, scores_of
 from common.streams import random_stream
-from common.tickets import (changed_setting, fingerprint, load_ticket, make_ticket, portable_state, round_files,
-                            tensors_sha)
+from common.tickets import changed_setting, export, fingerprint, load_ticket, make_ticket, tensors_sha
 
 DEFAULTS = dict(rounds=10, rate=.2, scope="global", rewind=0, rewind_what="all", seed=0, epochs=300, eval_epochs=300,
                 eval_lr=None, eval_batch_size=None, score=None, shuffle=None, keep=None,
@@ -60,10 +61,6 @@ PRESETS = {
 }
 PAPER_EPOCHS = {"distilled": 1000, "subset": 1000, "real": 300, "random": 0}
 QUICK_IMAGES = {"distilled": 24_000, "subset": 24_000, "real": 120_000, "random": 0}  # shown in quick's epochs
-COLUMNS = ("round", "sparsity", "remaining", "training_points", "train_loss", "train_accuracy",
-           "test_loss", "test_accuracy", "seconds",  # since the last stop within the round
-           "sparsity_of_all")  # parameters, biases and norms too
-MAY_CHANGE = {"rounds", "sparse", "compile"}  # in a run that goes on: more rounds; the last two are of old configs
 
 #############################################
 #                 The search                #
@@ -83,19 +80,14 @@ def search(model, data, config, out, real=None, start=None, evaluate=()):
     for number in range(first, config["rounds"] + 1):
         began = time.perf_counter()
         path = out / f"r{number}.pt"
-        finished = path.exists()
-        if finished:
+        if path.exists():
             ticket = load_ticket(path, device=next(model.parameters()).device, model=model)
-        elif number == first:
-            ticket = first_ticket(path, model, config, real, start)
         else:
-            found = as_found(ticket)
-            masks, results = pruning_round(path, model, found, config, data)
-            say_what_is_gone(number, found["masks"], masks)
-            init = rewound(model, found["init"], prunable(model), config["rewind_what"])
-            ticket = make_ticket(number, masks, init, config, results)
-        if not finished:
-            ticket = checked(ticket, config)
+            if number == first:
+                ticket = first_ticket(path, model, config, real, start)
+            else:
+                ticket = pruning_round(path, model, as_found(ticket), config, data)
+            ticket = sanity_checked(ticket, config)
             files.save(path, ticket)
             seconds[number] = time.perf_counter() - began
         if number in evaluate and "test_accuracy" not in ticket["results"]:
@@ -106,6 +98,38 @@ def search(model, data, config, out, real=None, start=None, evaluate=()):
         files.save_csv(out / "results.csv", rows)
         ranks.current().step()
     return rows
+
+
+def pruning_round(path, model, ticket, config, data):
+    """The ticket of the next round: train the one before, remove the smallest weights, rewind the others."""
+    number, before = ticket["round"] + 1, ticket["masks"]
+    model.load_state_dict(ticket["init"])
+    masks, results = next_masks(path, model, ticket, config, data)
+    say_what_is_gone(number, before, masks)
+    init = rewound(model, ticket["init"], prunable(model), config["rewind_what"])
+    return make_ticket(number, masks, init, config, results)
+
+
+def next_masks(path, model, ticket, config, data):
+    """(masks, results) of the next round: by the weights of the network trained, or their scores untrained.
+
+    Without data the weights are ranked at random.
+    """
+    number, before = ticket["round"] + 1, ticket["masks"]
+    stream = random_stream(config["seed"], "round", number)
+    how = config["rate"], config["scope"]
+    if data is None:
+        drawn = {name: torch.rand(kept.shape, generator=stream).to(kept.device) for name, kept in before.items()}
+        return pruned(drawn, before, *how), {"training_points": 0}
+    images_seen = ticket["results"]["training_points"]
+    if config["score"]:
+        scores = scores_of(config["score"], model, before, data)
+        return pruned(scores, before, *how), {"training_points": images_seen + PASSES[config["score"]] * len(data)}
+    recipe = training.recipe_of(config, config["epochs"])
+    trained = train(f"round {number}", path, model, data, config, recipe, stream, before)
+    results = {"training_points": images_seen + trained.images_seen, "train_loss": trained.loss,
+               "train_accuracy": trained.accuracy}
+    return magnitude_mask(prunable(model), before, *how), results
 
 
 def check_search(model, data, real, config, evaluate):
@@ -156,30 +180,7 @@ def first_ticket(path, model, config, real, start):
     return make_ticket(0, dense, copied(model.state_dict()), config, {"training_points": images_seen})
 
 
-def pruning_round(path, model, ticket, config, data):
-    """(masks, results) of the next round: by the weights of a ticket's trained network, or their scores untrained.
-
-    Without data the weights are ranked at random.
-    """
-    number, before = ticket["round"] + 1, ticket["masks"]
-    stream = random_stream(config["seed"], "round", number)
-    model.load_state_dict(ticket["init"])
-    if data is None:
-        drawn = {name: torch.rand(kept.shape, generator=stream).to(kept.device) for name, kept in before.items()}
-        return pruned(drawn, before, config["rate"], config["scope"]), {"training_points": 0}
-    images_seen = ticket["results"]["training_points"]
-    if config["score"]:
-        scores = scores_of(config["score"], model, before, data)
-        results = {"training_points": images_seen + PASSES[config["score"]] * len(data)}
-        return pruned(scores, before, config["rate"], config["scope"]), results
-    recipe = training.recipe_of(config, config["epochs"])
-    trained = train(f"round {number}", path, model, data, config, recipe, stream, before)
-    results = {"training_points": images_seen + trained.images_seen, "train_loss": trained.loss,
-               "train_accuracy": trained.accuracy}
-    return magnitude_mask(prunable(model), before, config["rate"], config["scope"]), results
-
-
-def checked(ticket, config):
+def sanity_checked(ticket, config):
     """The ticket of Frankle et al. 2021's sanity checks: the mask permuted within each layer, the weights drawn anew.
 
     What was found instead, and is gone on from, stays in it as "found".
@@ -204,8 +205,8 @@ def rewound(model, init, weights, what):
     if what == "all":
         return copied(init)
     first_names = aliases(model)  # a weight of two names is rewound under both
-    trained = model.state_dict()
-    return copied({name: init[name] if first_names.get(name, name) in weights else trained[name] for name in trained})
+    early = {name: value for name, value in init.items() if first_names.get(name, name) in weights}
+    return copied(model.state_dict() | early)
 
 
 def copied(state):
@@ -228,7 +229,7 @@ def train(title, path, model, split, config, recipe, stream, mask=None, until=No
     """training.train, saved beside the ticket's `path` every half a minute and gone on with from there."""
     saved = unfinished(path)
     begun = files.load(saved, split.labels.device) if saved.exists() else None
-    if begun and (begun["title"] != title or changed_setting(begun["config"], config, MAY_CHANGE)):
+    if begun and (begun["title"] != title or changed_setting(begun["config"], config)):
         begun = None
     about = {"title": title, "config": config}
     return training.train_saved(saved, about, title, model, split, recipe, stream, mask, until, begun)
@@ -264,6 +265,11 @@ def find_masks(model, data, out="masks", real=None, start=None, evaluate=(), ove
     config["data_sha"] = tensors_sha(images)
     config["start_sha"] = fingerprint(start) if start else None
     model, out = copy.deepcopy(model), Path(out)
+    return search_in(out, overwrite, model, data, config, real, start, evaluate)
+
+
+def search_in(out, overwrite, model, data, config, real, start, evaluate):
+    """`search`, after all checks, in a folder that no other process works in."""
     check_search(model, data, real, config, evaluate)
     with files.owned(out):
         prepare_folder(out, config, overwrite)
@@ -271,104 +277,8 @@ def find_masks(model, data, out="masks", real=None, start=None, evaluate=(), ove
 
 
 #############################################
-#            Results and folders            #
-#############################################
-
-
-def row_of(ticket, seconds, parameters):
-    """The row of results.csv of a ticket of so many parameters; what is not known of it is empty."""
-    remaining = sum(int(kept.sum()) for kept in ticket["masks"].values())
-    gone = sum(int((~kept).sum()) for kept in ticket["masks"].values())
-    known = ticket["results"] | {"round": ticket["round"], "sparsity": ticket["sparsity"], "remaining": remaining,
-                                 "seconds": round(seconds, 2), "sparsity_of_all": gone / parameters}
-    return {column: known.get(column, "") for column in COLUMNS}
-
-
-def read_seconds(out):
-    """{round: seconds} of an earlier run in `out`. Only results.csv holds times: tickets are reproducible."""
-    path = out / "results.csv"
-    rows = files.read_csv(path, ("round", "sparsity")) if path.exists() else []
-    return {int(row["round"]): row["seconds"] for row in rows if "seconds" in row}
-
-
-def print_table(rows):
-    line = "{:>5} {:>8} {:>8} {:>10} {:>12} {:>10} {:>9} {:>8}"
-    styles = {"round": "d", "sparsity": ".2%", "sparsity_of_all": ".2%", "remaining": ",d", "training_points": ",d",
-              "train_loss": ".3f", "train_accuracy": ".2%", "test_accuracy": ".2%"}
-    print(line.format("round", "sparsity", "of all", "remaining", "images seen", "train loss", "train acc", "test acc"))
-    for row in rows:
-        cells = ["" if row[column] == "" else format(row[column], style) for column, style in styles.items()]
-        print(line.format(*cells))
-
-
-def print_parameters(model, keep):
-    """The table of all parameters: which of them are prunable, and why the others are not."""
-    role_of, parameters = roles(model, keep), dict(model.named_parameters())
-    width = max(map(len, parameters))
-    print(f"{'parameter':<{width}} {'shape':<18} {'number':>11}")
-    for name, parameter in parameters.items():
-        shape = " x ".join(map(str, parameter.shape))
-        print(f"{name:<{width}} {shape:<18} {parameter.numel():>11,}  {role_of[name]}")
-    total = sum(parameter.numel() for parameter in parameters.values())
-    weights = sum(weight.numel() for weight in prunable(model, keep).values())
-    print(f"prunable: {weights:,} of {total:,} parameters, {weights / total:.1%}")
-
-
-def prepare_folder(out, config, overwrite):
-    """Make `out` ready: empty, or holding an earlier part of this very run. Raises UserError naming the difference."""
-    other = other_run(out, config)
-    claimed = len(round_files(out)) > 1  # a first try that failed leaves the dense network at most
-    if other and claimed and not overwrite:
-        raise UserError(f"{out} holds another run ({other}); choose another --out, or --overwrite")
-    if other:
-        networks = [*round_files(out), *out.glob("training_r*.pt"), *out.glob("trained_r*.pt")]
-        for old in [*networks, *(out / name for name in ("results.csv", "curves.csv", "prune.png"))]:
-            old.unlink(missing_ok=True)
-    files.save(out / "config.json", config)
-
-
-def other_run(out, config):
-    """How the run in `out` differs from that of `config`; "" when it does not, or there is none."""
-    path = out / "config.json"
-    if not path.exists():
-        return "without a config.json" if round_files(out) else ""
-    earlier = files.read_settings(path)
-    if "rate" not in earlier:
-        raise UserError(f"{path} is of no run of prune.py; choose another --out")
-    key = changed_setting(earlier, config, MAY_CHANGE)
-    return f"{key} {earlier.get(key)} -> {config.get(key)}" if key else ""
-
-
-#############################################
-#                 Elsewhere                 #
-#############################################
-
-
-def export(to, path):
-    """Write the ticket in the file `path` as a state dict of torch.nn.utils.prune, an endpoint as its state dict.
-
-    Raises UserError.
-    """
-    if Path(to).suffix not in (".pt", ".pth"):
-        raise UserError(f"--export {to}: wanted a name that ends in .pt or .pth")
-    if Path(to).exists():
-        raise UserError(f"--export {to}: is there already; choose another name")
-    files.save(to, portable_state(path))
-
-
-#############################################
 #                Command line               #
 #############################################
-
-
-def share_of(flag):
-    """argparse type: a number between 0 and 1."""
-    def number(text):
-        if not 0 < float(text) < 1:
-            raise UserError(f"{flag} {text}: must lie between 0 and 1, both excluded")
-        return float(text)
-
-    return number
 
 
 def parse(argv=None):
@@ -380,7 +290,6 @@ def parse(argv=None):
     flag("--out", type=cli.folder, default=Path("masks"),
          help="folder of masks, results.csv, curves.csv, config.json, prune.png (masks)")
     flag("--overwrite", action="store_true", help="replace another run in --out")
-    cli.log_flag(parser)
     flag("--plot", nargs="+", metavar="DIR", help="draw finished runs together in <out>/prune.png, without training")
     flag("--compare", nargs=2, metavar="DIR", help="overlap of two finished runs' masks in <out>/compare.csv and .png")
     flag("--export", nargs=2, metavar=("TO", "FROM"),
@@ -391,12 +300,12 @@ def parse(argv=None):
 
 
 def add_data_flags(parser):
-    flag = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    flag = group.add_argument
     flag("--data", choices=("distilled", "real", "subset", "random"), default="distilled", help="pruned on (distilled)")
     flag("--dataset", help=f"{', '.join(DATASETS)}, or a folder with {{train,test}}.npz or "
                            "{train,val}/<class>/ images (cifar10)")
-    flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
-    flag("--image-size", type=cli.side, help="side in pixels of images in class folders (the dataset's)")
+    cli.place_flags(group)
     flag("--train-images", type=positive, help="use only so many real training images (paper: all, quick: 10000)")
     flag("--ipc", type=positive, default=10, help="images a class in the distilled set, or drawn for the subset (10)")
     flag("--distilled", metavar="PATH", help="distilled set: EDC, DSA/DC/DM, KIP, MTT, PNG class folders or contact "
@@ -412,8 +321,8 @@ def add_pruning_flags(parser):
     flag("--norm", choices=("instance", "batch", "none"), help="normalisation (convnet3: instance, resnets: batch)")
     flag = parser.add_argument_group("pruning").add_argument
     flag("--rounds", type=positive, help="the last round; those of a --start mask count (%(default)s)")
-    flag("--rate", type=share_of("--rate"), help="fraction of the remaining weights removed in a round (0.2)")
-    flag("--sparsity", type=share_of("--sparsity"),
+    flag("--rate", type=cli.share_of("--rate"), help="fraction of the remaining weights removed in a round (0.2)")
+    flag("--sparsity", type=cli.share_of("--sparsity"),
          help="instead of --rate: fraction of all prunable weights removed after the last round")
     flag("--score", choices=SCORES,
          help="prune untrained, by a score at initialisation; snip and grasp look at all images of --data (the papers "
@@ -451,7 +360,7 @@ def add_training_flags(parser):
     flag("--amp", action="store_true", help="train in bfloat16")
     flag("--seed", type=cli.seed, help="fixes initialisation, order and augmentation (%(default)s)")
     flag("--seeds", type=cli.seed, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
-    cli.device_flags(group)
+    cli.machine_flags(group)
 
 
 def config_of(args, preset):
@@ -463,29 +372,31 @@ def config_of(args, preset):
     config = {key: value for key, value in vars(args).items() if key not in elsewhere}
     unset = PRESETS[preset] | {"dataset": "cifar10", "rate": DEFAULTS["rate"]}
     started = files.load(args.start) if args.start else None
+    started = started if isinstance(started, dict) and "config" in started else {}  # a bare state dict names nothing
     if args.sparsity:
         unset["rate"] = rate_to(args, started)
-    if isinstance(started, dict) and "config" in started:
+    if started:
         same = ("model", "width", "norm", "dataset", "image_size", "keep")
         unset |= {key: started["config"].get(key) for key in same}
         if ":" in str(unset["model"]) and config["model"] is None:
             raise UserError(f"{args.start}: its network is {unset['model']}; its code is run only when you name it: "
                             f"--model {unset['model']}")
-    for key, value in unset.items():
-        if config[key] is None:
-            config[key] = value
+    fill_in(config, unset)
     if config["start"] and config["rewind"]:
         raise UserError("--rewind with --start: the mask file already holds its rewind point")
     return config
+
+
+def fill_in(config, values):
+    """Give the settings that are None in a config their values."""
+    config |= {key: value for key, value in values.items() if config[key] is None}
 
 
 def rate_to(args, started):
     """The rate of a round after whose last one --sparsity is reached, from the dense network or a --start mask."""
     if args.rate:
         raise UserError("--rate with --sparsity: the sparsity to reach gives the rate of a round")
-    begun = {"round": 0, "sparsity": 0.}
-    if isinstance(started, dict) and "sparsity" in started:
-        begun = started
+    begun = {"round": 0, "sparsity": 0.} | started
     rounds = args.rounds - begun["round"]
     if args.sparsity <= begun["sparsity"] or rounds < 1:
         raise UserError(f"--sparsity {args.sparsity:g}: {args.start} is {begun['sparsity']:.2%} sparse in round "
@@ -500,17 +411,11 @@ def load_data(config, data_dir, device, needs_real):
     if not real:
         config |= {key: getattr(known, key) for key in ("channels", "num_classes", "flip")}
         config["image_size"] = config["image_size"] or known.image_size
-    large = config["image_size"] > 64
-    if config["augment"] is None:
-        config["augment"] = "imagenet" if large else "dsa"
-    if config["cutmix"] is None:
-        config["cutmix"] = 1. if large else .5
+    fill_in(config, usual_augmentation(config["image_size"]))
     if config["data"] != "distilled":
         return None, real
-    path = config["distilled"] or embedded_distilled(config["dataset"], config["ipc"])
-    statistics = (real[0].mean, real[0].std) if real else (known.mean, known.std)
-    shape = Dataset(config["channels"], config["image_size"], config["num_classes"], *statistics)
-    distilled = load_distilled(path, shape, config["ipc"], config["factor"], device)
+    like = real[0] if real else known
+    distilled = distilled_of(config, like.mean, like.std, device)
     config["distilled_fingerprint"] = distilled.fingerprint
     return distilled, real
 
@@ -556,15 +461,9 @@ def run_seed(config, out, args, distilled, real, device):
     config["start_fingerprint"] = fingerprint(start) if start else None
     if start and start["round"] > config["rounds"]:
         raise UserError(f"--rounds {config['rounds']}: {args.start} is of round {start['round']} already")
-    evaluate = args.evaluate or ()
-    if args.evaluate == []:
-        evaluate = range(config["rounds"] + 1)
-    check_search(model, data, real, config, evaluate)
-    check_folder_apart(out, [args.start, config["distilled"]])
-    with files.owned(out):
-        prepare_folder(out, config, args.overwrite)
-        rows = search(model, data, config, out, real, start, evaluate)
-    print_table(rows)
+    evaluate = range(config["rounds"] + 1) if args.evaluate == [] else args.evaluate or ()
+    check_apart(out, [args.start, config["distilled"]])
+    print_table(search_in(out, args.overwrite, model, data, config, real, start, evaluate))
     draw_runs([out], out / "prune.png")
 
 

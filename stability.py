@@ -18,10 +18,7 @@ al. 2020, Sec. 2; they subtract the mean of the ends, the same when the ends are
 Written to --out: endpoints (landscape.py and hessian.py take them from there), a JSON a ticket, stability.csv of all of
 them, stability.png, stability_surface.png. The same command again goes on where it stopped, or only redraws.
 
-As a library, for two networks of one architecture and splits (common.data.Split) of any images:
-
-    curves = stability.line(model, state_a, state_b, [train, test])
-    stability.barrier(curves["test_error"])
+As a library, for two states of a network: line(model, state_a, state_b, [train, test]), and barrier of its curves.
 """
 if __name__ == "__main__":
     import signal
@@ -29,9 +26,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while PyTorch is imported
 
 import itertools
-import math
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +34,13 @@ import numpy as np
 from common import cli, evaluation, files, ranks, tickets
 from common.bars import Bar
 from common.data import fixed_subset
-from common.endpoints import check_apart, endpoint, real_recipe, result_names, train_ahead
+from common.endpoints import Endpoints, check_apart
 from common.errors import UserError
-from common.figures import panels_for, style_of
+from common.figures import figure_of, style_of
 from common.matching import match_weights
 from common.networks import build_network
 from common.streams import random_stream
 from common.symmetries import permutation_groups
-from common.training import Recipe
 
 FORMAT = "lottery-stability-1"
 
@@ -98,27 +92,19 @@ def line(model, a, b, parts, points=11, mask=None, refresh=None):
 #############################################
 
 
-def measure(path, name, ticket, train, test, settings, out, overwrite=False):
-    """The result of the ticket in the file `path`: the lines between its endpoints; found in `out`, or saved there.
-
-    Its files are <out>/<name>.json, and endpoints beside it.
-    """
-    config = ticket["config"]
-    model = build_network(config).to(train.labels.device)
-    images = train.batch(slice(2))[0]
-    groups = permutation_groups(model, images) if settings["align"] else None  # an error comes before the training
-    recipe = Recipe(**{key: settings[key] for key in Recipe._fields})
-    states = [endpoint(out, name, ticket, train, order, recipe, settings["seed"], settings["from_epoch"],
-                       overwrite)["state"] for order in range(settings["orders"])]
-    file = result_file(out, name, settings)
-    if file.exists():
-        earlier = read_result(file)
-        if earlier["settings"] == settings:
-            return earlier
+def measure(endpoints, path, test, settings):
+    """Save the result of the ticket in the file `path`, the lines between its endpoints, unless it is there already."""
+    ticket, train = endpoints.ticket_at[path], endpoints.split
+    model = build_network(ticket["config"]).to(train.labels.device)
+    groups = None
+    if settings["align"]:
+        groups = permutation_groups(model, train.batch(slice(2))[0])  # an error comes before the training
+    states = [endpoints.state(path, order) for order in range(settings["orders"])]
+    file = result_file(endpoints, path)
+    if file.exists() and read_result(file)["settings"] == settings:
+        return
     pairs = lines(model, states, ticket["masks"], groups, train, test, settings)
-    result = about(path, ticket) | dict(format=FORMAT, settings=settings, config=config, pairs=pairs)
-    files.save(file, result)
-    return result
+    files.save(file, about(path, ticket) | dict(format=FORMAT, settings=settings, config=ticket["config"], pairs=pairs))
 
 
 def lines(model, states, mask, groups, train, test, settings):
@@ -139,35 +125,18 @@ def lines(model, states, mask, groups, train, test, settings):
     return pairs
 
 
-def result_file(out, name, settings):
-    return Path(out, f"{name}{'_aligned' if settings['align'] else ''}.json")
+def result_file(endpoints, path):
+    return Path(endpoints.folder, f"{endpoints.names[path]}{'_aligned' if endpoints.args.align else ''}.json")
 
 
-def measure_ahead(ticket_at, settings_at, train, test, args):
-    """Under torchrun: the endpoints, then the lines, shared out over the ranks; the results are found finished."""
-    if ranks.current().size == 1:
-        return
-    train_ahead(args.out, ticket_at, train, args.orders, partial(recipe_of_ticket, args), args.seed, args.from_epoch,
-                args.overwrite)
-    names = result_names(ticket_at)
-    for path in ranks.share(ticket_at, "lines of all tickets"):
-        measure(path, names[path], ticket_at[path], train, test, settings_at[path], args.out)
-
-
-def recipe_of_ticket(args, ticket):
-    """The Recipe of a ticket's training on real data, as the flags say."""
-    return real_recipe(ticket["config"], args.epochs, args.lr, args.batch_size)
-
-
-def settings_of(args, ticket, train):
+def settings_of(endpoints, path):
     """All that a result depends on; a result with equal settings is not computed again."""
-    config, recipe = ticket["config"], recipe_of_ticket(args, ticket)
+    args, config, recipe = endpoints.args, endpoints.ticket_at[path]["config"], endpoints.recipe(path)
     if args.from_epoch >= recipe.epochs:
         raise UserError(f"--from-epoch {args.from_epoch}: must be less than the {recipe.epochs} epochs of training")
-    settings = {"model": config["model"], "dataset": config["dataset"], "images": len(train),
-                "seed": config["seed"] if args.seed is None else args.seed,
-                "mask_sha": tickets.fingerprint(ticket), "data_fingerprint": config.get("data_fingerprint"),
-                **recipe._asdict()}
+    settings = {"model": config["model"], "dataset": config["dataset"], "images": len(endpoints.split),
+                "seed": endpoints.seed(path), "mask_sha": tickets.fingerprint(endpoints.ticket_at[path]),
+                "data_fingerprint": config.get("data_fingerprint"), **recipe._asdict()}
     chosen = ("orders", "points", "from_epoch", "bn", "align", "eval_images")
     return settings | {key: getattr(args, key) for key in chosen}
 
@@ -184,9 +153,7 @@ def about(path, ticket):
 
 def read_result(file):
     """The result in a JSON file. Raises UserError for a file of another kind."""
-    result = files.load(file)
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise UserError(f"{file}: not a result of stability.py, nor a folder of them")
+    result = files.load_format(file, FORMAT, "not a result of stability.py, nor a folder of them")
     for key in ("sparse", "compile"):  # of earlier versions: how a step was computed, no more than rounding
         result["settings"].pop(key, None)
     return result
@@ -224,9 +191,9 @@ def over_pairs(results, curve):
     return np.array([pair[curve] for result in results for pair in result["pairs"]])
 
 
-def end_accuracy(results):
-    """Test accuracy of the endpoints themselves, the mean of the two for each pair."""
-    return over_pairs(results, "test_accuracy")[:, [0, -1]].mean(1)
+def mean_of_ends(results, curve):
+    """What a curve is at the endpoints themselves, the mean of the two for each pair."""
+    return over_pairs(results, curve)[:, [0, -1]].mean(1)
 
 
 def grouped(results):
@@ -242,7 +209,7 @@ def table_rows(results):
     rows = []
     for result in results:
         own = {key: result[key] for key in ("mask", "family", "round", "sparsity")} | result["settings"]
-        for pair, accuracy in zip(result["pairs"], end_accuracy([result])):
+        for pair, accuracy in zip(result["pairs"], mean_of_ends([result], "test_accuracy")):
             rows.append(own | {"orders": pair["orders"], "test_accuracy": accuracy} | barriers(pair))
     return rows
 
@@ -265,7 +232,8 @@ def print_spread(results):
     """Barriers of each family and sparsity, mean and standard deviation over pairs and seeds."""
     print("\nfamily                       sparsity pairs train loss barrier  test error barrier    test accuracy")
     for (family, percent), group in grouped(results).items():
-        columns = over_pairs(group, "barrier_train_loss"), over_pairs(group, "barrier_test_error"), end_accuracy(group)
+        heights = over_pairs(group, "barrier_train_loss"), over_pairs(group, "barrier_test_error")
+        columns = *heights, mean_of_ends(group, "test_accuracy")
         cells = itertools.chain(*map(evaluation.mean_and_std, columns))
         print("{:<28} {:>7g}% {:>5} {:>9.4f} ± {:.4f} {:>10.2%} ± {:>6.2%} {:>8.2%} ± {:>5.2%}".format(
             family if percent else f"dense ({family})", percent, len(columns[0]), *cells))
@@ -278,24 +246,20 @@ def print_spread(results):
 
 def draw_lines(results, highlight, path):
     """Figs. 3 and 4, left: loss and error along alpha, highlighted rounds thick; bands: ± one standard deviation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure, panels = figure_of(2, 5.5, 4.8)
     families = list(dict.fromkeys(result["family"] for result in results))
     styles = dict(zip(sorted(highlight), itertools.cycle(("-", "--", "-.", ":"))))
     for (family, percent), group in grouped(results).items():
         style = style_of(families.index(family), f"{family}, {percent:g}% sparse")
-        colour, marker, legend = style["color"], style["marker"], style["label"]
         if percent == 0:
-            colour, marker, legend = "black", None, "dense"
-        look = dict(lw=.9, alpha=.5)
+            style |= dict(color="black", marker=None, label="dense")
+        look = dict(color=style["color"], lw=.9, alpha=.5)
         if group[0]["round"] in styles:
-            look = dict(lw=2.2, ls=styles[group[0]["round"]], marker=marker, markersize=5, zorder=3, label=legend)
+            look = style | dict(lw=2.2, ls=styles[group[0]["round"]], markersize=5, zorder=3)
         for axes, values in zip(panels, (over_pairs(group, "train_loss"), 100 * over_pairs(group, "test_error"))):
             alphas, mean, std = np.linspace(0, 1, values.shape[1]), values.mean(0), values.std(0)
-            axes.plot(alphas, mean, color=colour, **look)
-            axes.fill_between(alphas, mean - std, mean + std, color=colour, alpha=.12, lw=0)
+            axes.plot(alphas, mean, **look)
+            axes.fill_between(alphas, mean - std, mean + std, color=style["color"], alpha=.12, lw=0)
     for axes, value in zip(panels, ("training loss", "test error (%)")):
         axes.set(xlabel="interpolation $\\alpha$", ylabel=value)
         axes.margins(x=.02)
@@ -308,8 +272,6 @@ def draw_lines(results, highlight, path):
 
 def draw_surfaces(results, path):
     """Figs. 3 and 4, right: training loss over alpha and pruning round, a surface for each family, all on one scale."""
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     surfaces = defaultdict(dict)
@@ -319,16 +281,14 @@ def draw_surfaces(results, path):
     if not surfaces:
         return
     losses = over_pairs(results, "train_loss")
-    scale = Normalize(losses.min(), losses.max())
-    size = 5.2 * min(3, len(surfaces)) + 1, 4.8 * math.ceil(len(surfaces) / 3)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = panels_for(figure, len(surfaces), 3, subplot_kw={"projection": "3d"})
+    low, high = losses.min(), losses.max()
+    figure, panels = figure_of(len(surfaces), 5.2, 4.8, margin=1, subplot_kw={"projection": "3d"})
     for axes, (family, by_round) in zip(panels, surfaces.items()):
         values = np.array(list(by_round.values()))
         alphas, rounds = np.meshgrid(np.linspace(0, 1, values.shape[1]), list(by_round))
-        surface = axes.plot_surface(alphas, rounds, values, cmap="viridis", norm=scale, rstride=1, cstride=1,
+        surface = axes.plot_surface(alphas, rounds, values, cmap="viridis", vmin=low, vmax=high, rstride=1, cstride=1,
                                     edgecolor="black", linewidth=.3)
-        axes.set(xlabel="$\\alpha$", ylabel="pruning round", zlim=(scale.vmin, scale.vmax))
+        axes.set(xlabel="$\\alpha$", ylabel="pruning round", zlim=(low, high))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(family)
         axes.view_init(elev=24, azim=-52)
@@ -350,7 +310,7 @@ def summary_rows(results):
             if percent in imp:
                 raise UserError(f"--summary divides by IMP's accuracy, but there are two IMPs at {percent:g}%: "
                                 f"{family} and another; give one experiment's results")
-            imp[percent] = end_accuracy(group).mean()
+            imp[percent] = mean_of_ends(group, "test_accuracy").mean()
     rows = defaultdict(list)
     for (family, percent), group in groups.items():
         if percent not in imp:
@@ -359,18 +319,15 @@ def summary_rows(results):
         few = config["data"] in ("distilled", "subset")
         compression = round(images / config["num_classes"] / config["ipc"]) if few else 1
         heights = over_pairs(group, "midpoint_barrier_train_loss")
-        ends = over_pairs(group, "train_loss")[:, [0, -1]].mean(1)
-        measures = heights, 1 + heights / ends, end_accuracy(group) / imp[percent]
+        ends = mean_of_ends(group, "train_loss")
+        measures = heights, 1 + heights / ends, mean_of_ends(group, "test_accuracy") / imp[percent]
         rows[family, compression].append((percent, *map(evaluation.mean_and_std, measures)))
     return rows
 
 
 def draw_summary(rows, path):
     """Fig. 6: accuracy relative to IMP's (star) against the barrier; a marker's size grows with the compression."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, panels = figure_of(2, 5.5, 4.8, sharey=True)
     panels[0].set_ylabel("test accuracy / IMP's at the same sparsity")
     for axes, column, how in zip(panels, (1, 2), ("minus the mean of the ends", "divided by the mean of the ends")):
         axes.set_xlabel(f"training loss at $\\alpha$ = 1/2 {how}")
@@ -433,36 +390,36 @@ def main():
     args = parse()
     if args.summary:
         return summarise(args.summary, args.out)
-    device = cli.start(args)
-    ticket_at, train, test = tickets.load_tickets(args.mask + args.compare, args, device)
-    settings_at = {path: settings_of(args, ticket, train) for path, ticket in ticket_at.items()}
-    names = result_names(ticket_at)
+    ticket_at, train, test = tickets.load_tickets(args.mask + args.compare, args, cli.start(args))
+    endpoints = Endpoints(args.out, ticket_at, train, args, args.from_epoch)
+    settings_at = {path: settings_of(endpoints, path) for path in ticket_at}
     for path in ticket_at:
-        check_apart(result_file(args.out, names[path], settings_at[path]), ticket_at)
+        check_apart(result_file(endpoints, path), ticket_at)
     with files.owned(args.out):
-        experiment(args, ticket_at, settings_at, names, train, test)
+        experiment(endpoints, settings_at, test)
 
 
-def experiment(args, ticket_at, settings_at, names, train, test):
+def experiment(endpoints, settings_at, test):
     """Measure every ticket, print and draw what was found."""
-    first = {str(settings): path for path, settings in reversed(settings_at.items())}  # both families' r0 are one
-    measure_ahead({path: ticket_at[path] for path in first.values()}, settings_at, train, test, args)
+    out, highlight = endpoints.folder, endpoints.args.highlight
+    first = {}
+    for path, settings in settings_at.items():
+        first.setdefault(str(settings), path)  # both families' r0 are one
+    endpoints.train_ahead(first.values(), endpoints.args.orders)
+    for path in ranks.share(first.values(), "lines of all tickets"):
+        measure(endpoints, path, test, settings_at[path])
     if not ranks.is_first():
         return
-    results = []
-    for path, settings in settings_at.items():
-        same = first[str(settings)]
-        result = measure(same, names[same], ticket_at[same], train, test, settings, args.out, args.overwrite)
-        results.append(result | about(path, ticket_at[path]))
-    results = named(results)
+    results = named([read_result(result_file(endpoints, first[str(settings)])) | about(path, endpoints.ticket_at[path])
+                     for path, settings in settings_at.items()])
     for result in results:
         print_result(result)
     print_spread(results)
-    files.save_csv(args.out / "stability.csv", table_rows(named(read_results([args.out]))))
+    files.save_csv(out / "stability.csv", table_rows(named(read_results([out]))))
     nearest = {min(results, key=lambda result: abs(result["sparsity"] - wanted))["round"] for wanted in (0, .6, .87)}
-    draw_lines(results, args.highlight or nearest, args.out / "stability.png")
-    draw_surfaces(results, args.out / "stability_surface.png")
-    print(f"written: endpoints, results, stability.csv and pictures in {args.out}")
+    draw_lines(results, highlight or nearest, out / "stability.png")
+    draw_surfaces(results, out / "stability_surface.png")
+    print(f"written: endpoints, results, stability.csv and pictures in {out}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ The rooms, each using only those above it:
     training, evaluation, scores      SGD under a mask; losses of networks and of points; what to prune without training
     tangents, spectrum                directions through every layer; the Hessian's products and eigenvalues
     symmetries, matching, planes      weight space: units that may be relabelled, and are; planes through networks
-    tickets, figures                  mask files; pictures of runs of prune.py
+    tickets, runs, figures            mask files; the folders of runs of prune.py, and their pictures
     overlap, endpoints                what two runs' masks share; the networks trained from tickets
     cli                               flags, errors in one line, how a script starts
     embedded/                         digits, and distilled sets of CIFAR-10 and digits

@@ -179,6 +179,11 @@ def imagenet_augment(images, black, place, jitter, light):
     return images if light is None else images + light.to(images.dtype)[:, :, None, None]
 
 
+def usual_augmentation(image_size):
+    """Kim et al.'s augmentation of images of so many pixels a side, and their probability of CutMix."""
+    return {"augment": "imagenet", "cutmix": 1.} if image_size > 64 else {"augment": "dsa", "cutmix": .5}
+
+
 #############################################
 #                  CutMix                   #
 #############################################

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import curves, interrupts, ranks
-from .errors import UserError, plain
+from .errors import UserError, first_line, plain
 from .kernels import ops, views
 
 #############################################
@@ -60,7 +60,7 @@ def run(main):
     except RuntimeError as error:
         if "enough memory" not in str(error):
             raise
-        fail(f"not enough memory ({str(error).splitlines()[0][:120]}); take a smaller network, batch or image")
+        fail(f"not enough memory ({first_line(error)}); take a smaller network, batch or image")
     except interrupts.Stopped as stopped:
         ranks.print_once("\nstopped: the same command goes on from where it is now")
         sys.exit(128 + stopped.number)
@@ -152,6 +152,16 @@ def within(least, most=math.inf):
     return parsed
 
 
+def share_of(flag):
+    """argparse type: a number between 0 and 1."""
+    def number(text):
+        if not 0 < float(text) < 1:
+            raise UserError(f"{flag} {text}: must lie between 0 and 1, both excluded")
+        return float(text)
+
+    return number
+
+
 def folder(text):
     """argparse type: the path of a folder that is there or can be made."""
     path = Path(text)
@@ -174,26 +184,28 @@ def ticket_flags(parser):
                                              "or package.module:callable, whose code runs only when named (convnet3)")
     flag("--width", type=width, help="its channels in the first layer (convnet3: 128, resnet: 32)")
     flag("--norm", choices=("instance", "batch", "none"), help="its normalisation (convnet3: instance, resnet: batch)")
-    flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
-    flag("--image-size", type=side, help="side in pixels of images in class folders (the mask's, or the dataset's)")
+    place_flags(parser)
     flag("--epochs", type=positive, help="of training on real data (the mask's eval_epochs, else 60)")
     flag("--lr", type=within(0), help="of training on real data (the mask's)")
     flag("--batch-size", type=positive, help="of training on real data (the mask's)")
     flag("--train-images", type=positive, help="use only so many real training images (the mask's)")
-    sparse_flag(parser)
-    log_flag(parser)
     flag("--seed", type=seed, help="of the data orders (the mask file's)")
-    device_flags(parser)
+    sparse_flag(parser)
+    machine_flags(parser)
 
 
-def device_flags(parser):
-    parser.add_argument("--device", help="(cuda when there is one, else cpu)")
-    parser.add_argument("--tf32", action="store_true", help="let a GPU round products to TF32 (not measured)")
+def place_flags(parser):
+    flag = parser.add_argument
+    flag("--data-dir", default="data", help="folder searched for <dataset>/, and downloaded to (data)")
+    flag("--image-size", type=side, help="side in pixels of images in class folders (the mask's or dataset's)")
 
 
-def log_flag(parser):
-    parser.add_argument("--log", choices=("tensorboard",),
-                        help="write the curves of trainings, which are in curves.csv, to <folder>/tensorboard/ as well")
+def machine_flags(parser):
+    flag = parser.add_argument
+    flag("--device", help="(cuda when there is one, else cpu)")
+    flag("--tf32", action="store_true", help="let a GPU round products to TF32 (not measured)")
+    flag("--log", choices=("tensorboard",),
+         help="write the curves of trainings, which are in curves.csv, to <folder>/tensorboard/ as well")
 
 
 def sparse_flag(parser):

@@ -12,7 +12,7 @@ import torch
 from . import ranks
 from .arrays import (IMAGENET10, IMAGES, LABELS, as_bytes, channels_first, class_numbers, described, find_member,
                      headers, read_member, sides)
-from .errors import UserError, listed, note
+from .errors import UserError, first_line, listed, note
 from .pictures import inside, read_folders, visible
 from .streams import random_stream
 
@@ -80,6 +80,14 @@ def fixed_subset(split, count, purpose):
     return split.subset(torch.randperm(len(split), generator=random_stream(0, purpose))[:count].sort()[0])
 
 
+def set_aside(real, count):
+    """(the rest, `count` random images) of the training images: what is tuned is not scored on the test set."""
+    if count >= len(real):
+        raise UserError(f"--hold-out {count}: there are {len(real)} training images")
+    order = torch.randperm(len(real), generator=random_stream(0, "hold out"))
+    return real.subset(order[count:].sort()[0]), real.subset(order[:count])
+
+
 def random_subset(split, ipc, num_classes, stream):
     """`ipc` random images of each class. Raises UserError when a class has fewer."""
     labels = split.labels.cpu()
@@ -137,7 +145,7 @@ def load_real(config, data_dir, device="cpu"):
     if known and found != (known.channels, size, known.num_classes):
         raise UserError(f"{place}: images of {sides(images.shape[1:])} in {classes} classes, but {name} has "
                         f"{known.channels} x {size} x {size} in {known.num_classes}; other data needs another name")
-    known = known or Dataset(*found, *statistics(images[:10_000]))
+    known = known or Dataset(*found, *mean_and_deviation(images[:10_000]))
     config.update(dataset=name, channels=found[0], image_size=found[1], num_classes=classes, flip=known.flip,
                   data_fingerprint=sha)
     note(*notes, *absent(place, parts[1][1], classes))
@@ -162,7 +170,7 @@ def data_fingerprint(*arrays):
     return digest.hexdigest()[:16]
 
 
-def statistics(images):
+def mean_and_deviation(images):
     """(mean, deviation) of every channel of uint8 images [N, C, H, W], in [0, 1]; exact sums, whatever the threads."""
     values = np.arange(256) / 255
     means, deviations = [], []
@@ -361,7 +369,7 @@ def download(name, data_dir):
         try:
             data = makers[name](str(data_dir / name), **which, download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{hint} (download: {str(error)[:80]})") from error
+            raise UserError(f"{hint} (download: {first_line(error)})") from error
         images = np.asarray(data.data)
         if name != "svhn":  # the only one that is N x C x H x W already
             images = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)

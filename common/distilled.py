@@ -1,4 +1,5 @@
 """Distilled sets as splits: every published format, told apart by content, and multi-formation's tiles."""
+import io
 import json
 import math
 import os
@@ -7,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from .arrays import (IMAGES, LABELS, Header, class_numbers, described, find_member, headers, is_npz, numbered,
                      read_member, sides, span)
-from .data import EMBEDDED, Split, counted, data_fingerprint, hardened
+from .data import EMBEDDED, Dataset, Split, counted, data_fingerprint, hardened
 from .errors import UserError, listed, note
-from .files import check_memory, check_regular, load, load_tensors, reason
+from .files import check_memory, check_regular, load_tensors, read_settings, reason
 from .pictures import Surprises, decode, in_channels, is_picture, opens_as_picture, read_folders, visible
 
 WANTED = "[images, labels], DC, DSA, DM, KIP, MTT, DATM, .npz or .npy arrays, class folders or a contact sheet"
@@ -49,6 +51,29 @@ def load_distilled(path, dataset, ipc, factor=None, device="cpu"):
     return Split(images.to(device), labels.to(device), fingerprint=sha)
 
 
+def distilled_of(config, mean, std, device="cpu"):
+    """load_distilled of the set that a config names, or of the embedded one, normalised by `mean` and `std`."""
+    dataset = Dataset(config["channels"], config["image_size"], config["num_classes"], mean, std)
+    ipc = config.get("ipc", 10)
+    path = config.get("distilled") or embedded_distilled(config["dataset"], ipc)
+    split = load_distilled(path, dataset, ipc, config.get("factor"), device)
+    known = config.get("distilled_fingerprint", split.fingerprint)
+    if known != split.fingerprint:
+        raise UserError(f"{path} holds another set (fingerprint {split.fingerprint}) than the masks were found on "
+                        f"({known})")
+    return split
+
+
+def embedded_distilled(name, ipc):
+    """Path of the distilled set that comes with the project. Raises UserError when there is none."""
+    path = EMBEDDED / "distilled" / f"{name}_ipc{ipc}.png"
+    if not os.path.exists(path):
+        embedded = ", ".join(sorted(p.stem for p in path.parent.glob("*.png"))) or "none"
+        raise UserError(f"no distilled set of {name} with ipc {ipc} is embedded (there are: {embedded}); "
+                        f"make one: python distill.py --dataset {name} --ipc {ipc}; or give --distilled PATH")
+    return path
+
+
 #############################################
 #            What a file holds              #
 #############################################
@@ -70,7 +95,7 @@ def read_distilled(path, dataset):
         return read_halves(path, value)
     images, labels = images_and_labels(value, path)
     if images is None:
-        raise UserError(f"{path}: not a distilled set of a known format (holds {kinds(value)}; wanted {WANTED})")
+        raise UserError(f"{path}: not a distilled set of a known format (holds {contents(value)}; wanted {WANTED})")
     return as_array(images, path), None if labels is None else as_array(labels, path)
 
 
@@ -121,15 +146,15 @@ def as_array(value, path):
             return value
     except (TypeError, ValueError, RuntimeError, NotImplementedError):  # sparse, quantised, without contents
         pass
-    raise UserError(f"{path}: not a distilled set of a known format (holds {kinds(value)}; wanted {WANTED})")
+    raise UserError(f"{path}: not a distilled set of a known format (holds {contents(value)}; wanted {WANTED})")
 
 
-def kinds(value, depth=2):
+def contents(value, depth=2):
     """What a file holds, in words; a list may hold itself."""
     if isinstance(value, dict) and depth:
-        return described({key: kinds(item, depth - 1) for key, item in value.items()})
+        return described({key: contents(item, depth - 1) for key, item in value.items()})
     if isinstance(value, (list, tuple)) and depth:
-        return f"[{listed(kinds(item, depth - 1) for item in value)}]"
+        return f"[{listed(contents(item, depth - 1) for item in value)}]"
     if torch.is_tensor(value):
         layout = "" if value.layout == torch.strided else f"{value.layout} ".removeprefix("torch.")
         return layout + str(Header(tuple(value.shape), str(value.dtype).removeprefix("torch.")))
@@ -145,7 +170,7 @@ def read_npz(path):
     return read_member(path, images, heads[images]), labels and read_member(path, labels, heads[labels])
 
 
-def halves(path):
+def pair_of_halves(path):
     """(file of images, file of labels), of which `path` is one; None when the other is not there."""
     name, suffix = path.name, path.suffix
     pairs = [(name.replace("label", "image"), name)]
@@ -160,9 +185,9 @@ def halves(path):
 
 def read_halves(path, value):
     """(images, labels) where they are kept apart: MTT's images_best.pt and labels_best.pt, .npy."""
-    files = halves(path)
+    files = pair_of_halves(path)
     if files is None:
-        raise UserError(f"{path}: holds {kinds(value)} alone; wanted images and labels, as images_best.pt and "
+        raise UserError(f"{path}: holds {contents(value)} alone; wanted images and labels, as images_best.pt and "
                         "labels_best.pt beside each other, or in one file")
     return [as_array(read_value(file), file) for file in files]
 
@@ -170,7 +195,7 @@ def read_halves(path, value):
 def read_folder(folder, dataset):
     """(images, labels) of a folder that holds files of images and labels, class folders, or one file of both."""
     files = [file for file in visible(folder) if file.suffix in ARRAYS and os.path.isfile(file)]
-    pairs = sorted({halves(file) for file in files} - {None})
+    pairs = sorted({pair_of_halves(file) for file in files} - {None})
     if not pairs and any(os.path.isdir(place) for place in visible(folder)):
         parts, classes, notes = read_folders([folder], dataset.image_size, dataset.channels)
         note(*notes)
@@ -198,6 +223,15 @@ def read_contact_sheet(path, dataset):
     columns = width // size
     tiles = sheet.reshape(-1, rows, size, columns, size).transpose(1, 3, 0, 2, 4)
     return tiles.reshape(rows * columns, -1, size, size), np.arange(rows).repeat(columns)
+
+
+def contact_sheet(images):
+    """PNG bytes of images [classes, ipc, C, H, W] in [0, 1]: a row a class, a column an image, undecoded."""
+    classes, ipc, channels, size, _ = images.shape
+    pixels = (images * 255).round().byte().permute(0, 3, 1, 4, 2).reshape(classes * size, ipc * size, channels)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2).cpu().numpy()).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
 
 
 #############################################
@@ -313,23 +347,23 @@ def stored_factor(path):
         if not os.path.exists(file):
             continue
         try:
-            settings = load(file)
+            return f"{file}: factor", read_settings(file).get("factor", 1)
         except UserError as error:
             raise UserError(f"{error}; with --factor it is not read") from None
-        if not isinstance(settings, dict):
-            raise UserError(f"{file}: no JSON object ({json.dumps(settings):.40}); with --factor it is not read")
-        return f"{file}: factor", settings.get("factor", 1)
     return "", 1
 
 
-def embedded_distilled(name, ipc):
-    """Path of the distilled set that comes with the project. Raises UserError when there is none."""
-    path = EMBEDDED / "distilled" / f"{name}_ipc{ipc}.png"
-    if not os.path.exists(path):
-        embedded = ", ".join(sorted(p.stem for p in path.parent.glob("*.png"))) or "none"
-        raise UserError(f"no distilled set of {name} with ipc {ipc} is embedded (there are: {embedded}); "
-                        f"make one: python distill.py --dataset {name} --ipc {ipc}; or give --distilled PATH")
-    return path
+def encode_tiles(images, factor):
+    """images [ipc * factor**2, C, H, W] of one class, made small, as the tiles of [ipc, C, H, W].
+
+    The inverse of decode_tiles up to the loss of resolution.
+    """
+    size = images.shape[-1]
+    side = math.ceil(size / factor)
+    tiles = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    tiles = tiles.unflatten(0, (factor, factor, -1))  # [row, column, ipc, C, side, side]
+    canvas = tiles.permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)
+    return canvas[:, :, :size, :size].clamp(0, 1)
 
 
 def decode_tiles(images, labels, factor, blank=0.5):

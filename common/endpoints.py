@@ -1,13 +1,15 @@
 """Endpoints: tickets trained on real data in one data order; trained once, and found again by the other scripts."""
 import itertools
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import files, ranks, training
+from .data import Split
 from .errors import UserError
 from .networks import build_network
 from .streams import random_stream
 from .tickets import ENDPOINT_FORMAT, fingerprint
-
 
 
 def result_names(ticket_at):
@@ -28,17 +30,10 @@ def result_names(ticket_at):
 
 
 def check_apart(result, inputs):
-    """Raises UserError where a result would be written over one of the `inputs` of the command."""
-    for path in inputs:
-        if Path(path).resolve() == Path(result).resolve():
-            raise UserError(f"{result}: the result would replace this input; choose another --out")
-
-
-def check_folder_apart(folder, inputs):
-    """Raises UserError where one of the `inputs` of the command is the folder of its results, or lies in it."""
+    """Raises UserError where one of the `inputs` of the command is its result, or lies in it, when that is a folder."""
     for path in filter(None, inputs):
-        if Path(folder).resolve() in (Path(path).resolve(), Path(path).resolve().parent):
-            raise UserError(f"{folder} holds {path}, which this command reads; choose another --out")
+        if Path(result).resolve() in (Path(path).resolve(), Path(path).resolve().parent):
+            raise UserError(f"{result} is or holds {path}, which this command reads; choose another --out")
 
 
 def real_recipe(config, epochs=None, lr=None, batch_size=None):
@@ -80,9 +75,8 @@ def kept_endpoint(path, identity, device, overwrite):
     """The endpoint in the file `path`, finished or not; None when there is none, or one of others to `overwrite`."""
     if not path.exists():
         return None
-    kept = files.load(path, device)
-    if not isinstance(kept, dict) or kept.get("format") != ENDPOINT_FORMAT:
-        raise UserError(f"{path} is in an endpoint's place, but is none; choose another folder")
+    complaint = "in an endpoint's place, but is none; choose another folder"
+    kept = files.load_format(path, ENDPOINT_FORMAT, complaint, device)
     different = files.difference({key: kept.get(key) for key in identity}, identity)
     if not different:
         return kept
@@ -113,18 +107,38 @@ def train_endpoint(path, about, init, start, last, split, recipe, generator):
     return point
 
 
-def train_ahead(folder, ticket_at, split, orders, recipe_of, seed=None, shared=0, overwrite=False):
-    """Under torchrun: train the endpoints of {path: ticket} in all `orders`, each on one of the ranks.
+@dataclass
+class Endpoints:
+    """The endpoints of a command's tickets in a folder, each trained, or found there, when it is asked for."""
 
-    `recipe_of(ticket)` is its Recipe. They are found when they are asked for; one process trains them only then.
-    """
-    if ranks.current().size == 1:
-        return
-    by_name = {name: ticket_at[path] for path, name in result_names(ticket_at).items()}
-    length = recipe_of(next(iter(ticket_at.values()))).epochs
-    for name in ranks.share(by_name, "epochs shared by the orders", shared) if shared else ():
-        ticket = by_name[name]
-        endpoint(folder, name, ticket, split, None, recipe_of(ticket), seed, shared, overwrite)
-    for name, order in ranks.share(itertools.product(by_name, range(orders)), "epochs of all endpoints", length):
-        ticket = by_name[name]
-        endpoint(folder, name, ticket, split, order, recipe_of(ticket), seed, shared, overwrite)
+    folder: Path
+    ticket_at: dict  # {path: ticket}
+    split: Split  # of real data
+    args: Namespace  # what cli.ticket_flags adds, and `overwrite`
+    shared: int = 0  # the first epochs, the same in all orders
+
+    def __post_init__(self):
+        self.names = result_names(self.ticket_at)
+
+    def recipe(self, path):
+        return real_recipe(self.ticket_at[path]["config"], self.args.epochs, self.args.lr, self.args.batch_size)
+
+    def seed(self, path):
+        return self.ticket_at[path]["config"]["seed"] if self.args.seed is None else self.args.seed
+
+    def state(self, path, order):
+        """The state of the ticket in the file `path`, trained in the data order number `order`."""
+        return endpoint(self.folder, self.names[path], self.ticket_at[path], self.split, order, self.recipe(path),
+                        self.args.seed, self.shared, self.args.overwrite)["state"]
+
+    def train_ahead(self, paths, orders):
+        """Under torchrun: train those of `paths`, each on one of the ranks. One process trains them when asked for."""
+        if ranks.current().size == 1:
+            return
+        paths = list({self.names[path]: path for path in paths}.values())  # of one ticket, one
+        if self.shared:
+            for path in ranks.share(paths, "epochs shared by the orders", self.shared):
+                self.state(path, None)
+        epochs = self.recipe(paths[0]).epochs
+        for path, order in ranks.share(itertools.product(paths, range(orders)), "epochs of all endpoints", epochs):
+            self.state(path, order)

@@ -12,6 +12,12 @@ def plain(text):
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
+def first_line(error):
+    """The beginning of what an exception says."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:120]
+
+
 def note(*texts):
     """A line each on stderr about surprises: what was found, and what is done about it."""
     for text in texts:

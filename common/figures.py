@@ -1,20 +1,10 @@
 """Figures of runs of prune.py: accuracy and images seen against sparsity (Fig. 2), two runs' masks (Sec. 6)."""
 import math
-from pathlib import Path
 
 from . import files
-from .errors import UserError
 from .evaluation import mean_and_std
+from .runs import by_round, config_of_run, read_results, run_folders
 from .tickets import family_names
-
-
-def run_folders(folder):
-    """The folders with results.csv of one run: the seeds' below it, or itself. Raises UserError."""
-    folder = Path(folder)
-    tables = [*folder.glob("results.csv"), *sorted(folder.glob("seed*/results.csv"))]
-    if not tables:
-        raise UserError(f"{folder}: no results.csv of prune.py in it, nor in seed folders below")
-    return [table.parent for table in tables]
 
 
 def draw_runs(folders, path):
@@ -22,16 +12,12 @@ def draw_runs(folders, path):
 
     Returns whether there was anything to draw: random masks that were not trained have neither.
     """
-    from matplotlib.figure import Figure
-
     runs = [[read_results(seed) for seed in run_folders(folder)] for folder in folders]
     rows = [row for run in runs for table in run for row in table]
     panels = panels_of(rows)
     if not panels:
         return False
-    height = 4.2 + .2 * math.ceil(len(runs) / 3)
-    figure = Figure(figsize=(1 + 5 * len(panels), height), layout="constrained")
-    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, every_axes = figure_of(len(panels), 5, 4.2 + .2 * math.ceil(len(runs) / 3), margin=1)
     styles = [style_of(i, label) for i, label in enumerate(labels_of(folders, runs))]
     for axes, (draw, measure, title) in zip(every_axes, panels):
         for run, style in zip(runs, styles):
@@ -70,13 +56,17 @@ def style_of(i, label):
     return dict(color=colour, ls=("-", "--", "-.", ":")[i % 4], marker="os^DvPX*"[i % 8], label=label)
 
 
-def panels_for(figure, count, columns, **kind):
-    """`count` axes of a figure, in rows of at most so many."""
-    columns = min(columns, count)
-    grid = figure.subplots(math.ceil(count / columns), columns, squeeze=False, **kind).flatten()
+def figure_of(count, width, height, margin=0, **kind):
+    """(figure, axes of its `count` panels): three in a row, each of width x height inches, and a margin beside them."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(margin + width * columns, height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **kind).flatten()
     for axes in grid[count:]:
         axes.remove()
-    return list(grid[:count])
+    return figure, list(grid[:count])
 
 
 def legend_of(styles):
@@ -84,27 +74,6 @@ def legend_of(styles):
     from matplotlib.lines import Line2D
 
     return [Line2D([], [], **style) for style in styles]
-
-
-def read_results(folder):
-    """The rows of a run's results.csv. Raises UserError."""
-    return files.read_csv(folder / "results.csv", ("round", "sparsity", "training_points"))
-
-
-def config_of_run(folder):
-    """The config of a run; of its first seed. Raises UserError when its seeds differ in more than the seed."""
-    configs = [files.read_settings(seed / "config.json") for seed in run_folders(folder)]
-    different = sorted(set(family_names(configs)))
-    if len(different) > 1:
-        raise UserError(f"{folder} holds different runs: {' and '.join(different)}; only seeds are averaged")
-    return configs[0]
-
-
-def by_round(run):
-    """The rows of all seeds of a run (a list of tables), round by round of the first seed."""
-    rows = [row for table in run for row in table]
-    numbers = sorted({row["round"] for row in run[0]})
-    return [[row for row in rows if row["round"] == number] for number in numbers]
 
 
 def draw_accuracy(axes, rounds, measure, style):
@@ -144,10 +113,8 @@ def remaining_axis(axes, lowest):
 def draw_comparison(rows, last, folders, path):
     """Left: sparsity of each layer in the last round, both runs. Right: overlap in each round, a line a layer."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = figure_of(2, 6, 4.6)
     layers = [row["layer"] for row in last]
     names = [layer.removesuffix(".weight") for layer in layers]
     for side, column, folder, hatch in ((-.2, "sparsity_a", folders[0], ""), (.2, "sparsity_b", folders[1], "//")):

@@ -103,6 +103,14 @@ def load(path, device="cpu"):
         raise UserError(f"{path}: damaged, or not {kind} ({reason(error)})") from None
 
 
+def load_format(path, name, complaint, device="cpu"):
+    """The dict in a file whose "format" is `name`. Raises UserError with the `complaint` for any other file."""
+    held = load(path, device)
+    if not isinstance(held, dict) or held.get("format") != name:
+        raise UserError(f"{path}: {complaint}")
+    return held
+
+
 def load_tensors(path, device="cpu"):
     """What torch.save wrote: tensors, NumPy's arrays and numbers, and plain values. Raises almost any type."""
     if zipfile.is_zipfile(path):

@@ -10,12 +10,13 @@ import copy
 import inspect
 import operator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .networks import left_alone
 
 UNCHANGED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
@@ -172,21 +173,9 @@ def record(model, images):
     return recorder.graph, recorder.env
 
 
-def first_line(error):
-    return str(error).strip().split("\n")[0][:100]
-
-
 #############################################
 #         Modules of what has none          #
 #############################################
-
-
-class Sum(nn.Module):
-    """x + alpha y, broadcast. In a graph it is made of Add, Scale and Expand."""
-
-    def __init__(self, alpha):
-        super().__init__()
-        self.alpha = alpha
 
 
 class Add(nn.Module):
@@ -196,87 +185,58 @@ class Add(nn.Module):
         return x + y
 
 
-class Concatenation(nn.Module):
-    """torch.cat along an axis. In a graph it is the Add of several Embeds."""
+class Operation(nn.Module):
+    """An operation without parameters; its settings are attributes."""
 
-    def __init__(self, dim):
+    def __init__(self, **settings):
         super().__init__()
-        self.dim = dim
+        vars(self).update(settings)
 
 
-class Embed(nn.Module):
-    """x [n, C, ...] among channels of zeros, so many before and after it."""
-
-    def __init__(self, before, after):
-        super().__init__()
-        self.around = before, after
-
-    def forward(self, x):
-        return F.pad(x, [0, 0] * (x.dim() - 2) + list(self.around))
-
-
-class Scale(nn.Module):
-    """x times a number."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
+class Scale(Operation):
+    """x times `factor`."""
 
     def forward(self, x):
         return self.factor * x
 
 
-class Expand(nn.Module):
-    """Each image's values repeated along axes of length 1."""
-
-    def __init__(self, shape):
-        super().__init__()
-        self.shape = shape
+class Expand(Operation):
+    """Each image's values repeated along axes of length 1, to `shape`."""
 
     def forward(self, x):
         return x.expand(len(x), *self.shape)
 
 
-class Mean(nn.Module):
-    """The mean over one or several axes."""
+class Embed(Operation):
+    """x [n, C, ...] among channels of zeros, so many `around` = (before it, after it)."""
 
-    def __init__(self, dim, keepdim):
-        super().__init__()
-        self.dim = (dim,) if isinstance(dim, int) else tuple(dim)
-        self.keepdim = keepdim
+    def forward(self, x):
+        return F.pad(x, [0, 0] * (x.dim() - 2) + list(self.around))
+
+
+class Mean(Operation):
+    """The mean over the axes `dim`."""
 
     def forward(self, x):
         return x.mean(self.dim, self.keepdim)
 
 
-class Reshape(nn.Module):
-    """Each image's values in another shape."""
-
-    def __init__(self, shape):
-        super().__init__()
-        self.shape = shape
+class Reshape(Operation):
+    """Each image's values in another `shape`."""
 
     def forward(self, x):
         return x.reshape(len(x), *self.shape)
 
 
-class Slice(nn.Module):
-    """x[:, ...], with numbers and slices after the images' axis."""
-
-    def __init__(self, index):
-        super().__init__()
-        self.index = index
+class Slice(Operation):
+    """x[:, ...]: `index` has numbers and slices after the images' axis."""
 
     def forward(self, x):
         return x[self.index]
 
 
-class Movedim(nn.Module):
-    """An axis in another place."""
-
-    def __init__(self, source, destination):
-        super().__init__()
-        self.places = source, destination
+class Movedim(Operation):
+    """An axis in another place: `places` = (source, destination)."""
 
     def forward(self, x):
         return x.movedim(*self.places)
@@ -300,35 +260,23 @@ LINEAR = (nn.Flatten, Add, Scale, Expand, Embed, Mean, Reshape, Slice, Movedim)
 #############################################
 
 # Functions have the signatures of torch's, so that Python itself sorts arguments and keywords and refuses those that
-# are not there. Each returns (module, *what it is applied to), never in place: Recorder has seen to that.
+# are not there. Each returns (module, *what it is applied to), or a function that makes several nodes for the module.
+
+
+def like(kind):
+    """The function whose arguments after the first are those that a module of this kind is made with."""
+    def function(input, *arguments, **keywords):
+        return kind(*arguments, **keywords), input
+
+    return function
 
 
 def add(input, other, *, alpha=1):
-    return Sum(alpha), input, other
+    return partial(sum_nodes, alpha), input, other
 
 
 def cat(tensors, dim=0):
-    return Concatenation(dim), *tensors
-
-
-def relu(input, inplace=False):
-    return nn.ReLU(), input
-
-
-def relu6(input, inplace=False):
-    return nn.ReLU6(), input
-
-
-def leaky_relu(input, negative_slope=.01, inplace=False):
-    return nn.LeakyReLU(negative_slope), input
-
-
-def gelu(input, *, approximate="none"):
-    return nn.GELU(approximate), input
-
-
-def silu(input, inplace=False):
-    return nn.SiLU(), input
+    return partial(concatenation_nodes, dim), *tensors
 
 
 def dropout(input, p=.5, training=True, inplace=False):
@@ -341,17 +289,8 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     return nn.MaxPool2d(kernel_size, stride, padding, dilation, return_indices, ceil_mode), input
 
 
-def avg_pool2d(input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
-               divisor_override=None):
-    return nn.AvgPool2d(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override), input
-
-
-def adaptive_avg_pool2d(input, output_size):
-    return nn.AdaptiveAvgPool2d(output_size), input
-
-
 def mean(input, dim, keepdim=False):
-    return Mean(dim, keepdim), input
+    return Mean(dim=(dim,) if isinstance(dim, int) else tuple(dim), keepdim=keepdim), input
 
 
 def flatten(input, start_dim=0, end_dim=-1):
@@ -363,14 +302,14 @@ def reshape(input, *shape):
     keeps_images = first == -1 or is_batch_size(first)
     if not keeps_images or not all(isinstance(size, int) for size in rest):
         raise ValueError("not each image's values in another shape")
-    return Reshape(rest), input
+    return Reshape(shape=rest), input
 
 
 def getitem(input, index):
     plain = isinstance(index, tuple) and all(isinstance(part, (int, slice)) for part in index)
     if not plain or index[0] != slice(None):
         raise ValueError("not x[:, ...]")
-    return Slice(index), input
+    return Slice(index=index), input
 
 
 def is_batch_size(size):
@@ -385,14 +324,14 @@ def is_batch_size(size):
 
 FUNCTIONS = {
     operator.add: add, operator.iadd: add, torch.add: add, torch.cat: cat, torch.concat: cat,
-    F.gelu: gelu, F.silu: silu,
-    F.relu: relu, F.relu_: relu, torch.relu: relu, torch.relu_: relu, F.relu6: relu6, F.leaky_relu: leaky_relu,
+    F.relu: like(nn.ReLU), F.relu_: like(nn.ReLU), torch.relu: like(nn.ReLU), torch.relu_: like(nn.ReLU),
+    F.relu6: like(nn.ReLU6), F.leaky_relu: like(nn.LeakyReLU), F.gelu: like(nn.GELU), F.silu: like(nn.SiLU),
     F.dropout: dropout, F.dropout2d: dropout,
-    F.max_pool2d: max_pool2d, torch.max_pool2d: max_pool2d, F.avg_pool2d: avg_pool2d,
-    F.adaptive_avg_pool2d: adaptive_avg_pool2d, torch.mean: mean,
+    F.max_pool2d: max_pool2d, torch.max_pool2d: max_pool2d, F.avg_pool2d: like(nn.AvgPool2d),
+    F.adaptive_avg_pool2d: like(nn.AdaptiveAvgPool2d), torch.mean: mean,
     torch.flatten: flatten, torch.reshape: reshape, operator.getitem: getitem}
-METHODS = {"add": add, "add_": add, "relu": relu, "relu_": relu, "mean": mean, "flatten": flatten, "view": reshape,
-           "reshape": reshape}
+METHODS = {"add": add, "add_": add, "relu": like(nn.ReLU), "relu_": like(nn.ReLU), "mean": mean, "flatten": flatten,
+           "view": reshape, "reshape": reshape}
 
 
 def nodes_of(call, model, node_at, values):
@@ -410,41 +349,43 @@ def nodes_of(call, model, node_at, values):
     if not torch.is_tensor(values[call]):
         raise UserError(f"several tensors from {name}")
     sources = [node_at[argument] for argument in arguments]
-    if isinstance(module, Sum):
-        return sum_nodes(name, module.alpha, sources, [values[argument] for argument in arguments], values[call])
-    if isinstance(module, Concatenation):
-        return concatenation_nodes(name, module.dim, sources, [values[argument] for argument in arguments])
+    if not isinstance(module, nn.Module):
+        return module(name, sources, [values[argument] for argument in arguments], values[call])
+    if getattr(module, "inplace", False):
+        module = copy.copy(module)
+        module.inplace = False
     if type(module) is nn.Linear and values[call].dim() > 2:
-        before = Node(f"before {name}", Movedim(-1, 1), sources)
+        before = Node(f"before {name}", Movedim(places=(-1, 1)), sources)
         layer = Node(name, ChannelLinear(module), [before])
-        return [before, layer, Node(f"after {name}", Movedim(1, -1), [layer])]
+        return [before, layer, Node(f"after {name}", Movedim(places=(1, -1)), [layer])]
     return [Node(name, module, sources)]
 
 
-def sum_nodes(name, alpha, sources, operands, result):
+def sum_nodes(alpha, name, sources, operands, result):
     """The Nodes of x + alpha y, from the nodes and the values of x and y. Raises UserError."""
     nodes, operand_nodes = [], []
     for source, operand, factor in zip(sources, operands, (1, alpha)):
         if operand.dim() != result.dim():
             raise UserError(f"{name} of {operands[0].dim()} and {operands[1].dim()} axes")
         if factor != 1:
-            source = Node(f"alpha of {name}", Scale(factor), [source])
+            source = Node(f"alpha of {name}", Scale(factor=factor), [source])
             nodes.append(source)
         if operand.shape != result.shape:
-            source = Node(f"broadcast of {name}", Expand(result.shape[1:]), [source])
+            source = Node(f"broadcast of {name}", Expand(shape=result.shape[1:]), [source])
             nodes.append(source)
         operand_nodes.append(source)
     return [*nodes, Node(name, Add(), operand_nodes)]
 
 
-def concatenation_nodes(name, dim, sources, operands):
+def concatenation_nodes(dim, name, sources, operands, result):
     """The Nodes of a concatenation of channels, from the nodes and the values of what is joined. Raises UserError."""
-    if dim % operands[0].dim() != 1:
+    if dim % result.dim() != 1:
         raise UserError(f"{name} along axis {dim}")
     sizes = [operand.shape[1] for operand in operands]
     nodes = []
     for i, source in enumerate(sources):
-        nodes.append(Node(f"part {i} of {name}", Embed(sum(sizes[:i]), sum(sizes[i + 1:])), [source]))
+        around = sum(sizes[:i]), sum(sizes[i + 1:])
+        nodes.append(Node(f"part {i} of {name}", Embed(around=around), [source]))
         if i:
             nodes.append(Node(name, Add(), [joined, nodes[-1]]))
         joined = nodes[-1]
@@ -452,13 +393,10 @@ def concatenation_nodes(name, dim, sources, operands):
 
 
 def layer_of(call, model):
-    """(module that is not in place, *its arguments) of a layer's call. Raises UserError."""
+    """(module, *its arguments) of a layer's call. Raises UserError."""
     module = model.get_submodule(call.target)
     if module._forward_hooks or module._forward_pre_hooks:
         raise UserError(f"the forward hooks of {call.target}")
-    if getattr(module, "inplace", False):
-        module = copy.copy(module)
-        module.inplace = False
     return module, *inspect.signature(module.forward).bind(*call.args, **call.kwargs).args
 
 

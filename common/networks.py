@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import UserError, listed, note
+from .errors import UserError, first_line, listed, note
+from .files import check_memory
 from .streams import global_generators_kept, seed_everything
 
 #############################################
@@ -97,6 +98,21 @@ class ResNet(nn.Sequential):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels)))
+
+
+def average_pooled(network):
+    """Turn the strides and the max pooling of a ResNet into average pooling (Kim et al. 2022, ResNetAP)."""
+    if network.conv1.stride == (2, 2):
+        network.conv1.stride = (1, 1)
+        network.pool1 = nn.AvgPool2d(4)
+    for block in network.modules():
+        if isinstance(block, BasicBlock) and block.conv1.stride == (2, 2):
+            block.conv1.stride = (1, 1)
+            block.relu1 = nn.Sequential(block.relu1, nn.AvgPool2d(2))
+            conv, norm = block.shortcut.conv, block.shortcut.norm
+            conv.stride = (1, 1)
+            block.shortcut = nn.Sequential(conv, nn.AvgPool2d(2), norm)
+    return network
 
 
 #############################################
@@ -194,32 +210,26 @@ def is_known_norm(norm):
 def build_network(config, seed=0):
     """The network that `config` names (model, width, norm, channels, image_size, num_classes), drawn from `seed`.
 
-    A model `package.module:callable` is called with `num_classes=`. Raises UserError.
+    A model `package.module:callable` is called with `num_classes=`; resnet10ap is resnet10 with average pooling.
+    Raises UserError.
     """
     name, shape = config["model"], [config["channels"], config["image_size"], config["num_classes"]]
     options = {key: config[key] for key in ("width", "norm") if config.get(key)}
     blocks = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
+    plain = name.removesuffix("ap")
     with global_generators_kept():
         seed_everything(seed)
         if name == "convnet3":
             make = partial(ConvNet3, *shape, **options)
-        elif name in blocks:
+        elif plain in blocks:
             width = 64 if config["image_size"] > 64 else 32
-            make = partial(ResNet, blocks[name], *shape, **{"width": width} | options)
+            make = partial(ResNet, blocks[plain], *shape, **{"width": width} | options)
         else:
             return build_own(name, config)
         with torch.device("meta"):
-            check_size(make())
-        return make()
-
-
-def check_size(model):
-    """Raises UserError when weights, a copy of them, gradients and momenta would not fit into this machine's memory."""
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 4 * 4 * weights > memory:
-        raise UserError(f"a network of {weights:,} weights needs {16 * weights >> 30} GiB to be trained, this machine "
-                        f"has {memory >> 30}; take a smaller --width")
+            weights = sum(parameter.numel() for parameter in make().parameters())
+        check_memory(f"a network of {weights:,} weights with a copy, gradients and momenta (--width)", 4 * 4 * weights)
+        return make() if name == plain else average_pooled(make())
 
 
 def build_own(name, config):
@@ -238,7 +248,7 @@ def build_own(name, config):
                 model.eval()(torch.zeros(1, config["channels"], side, side))
             model.train()
     except Exception as error:  # a user's code may raise anything
-        raise UserError(f"cannot build model {name!r}: {reason_of(error)}") from error
+        raise UserError(f"cannot build model {name!r}: {type(error).__name__}: {first_line(error)}") from error
     finally:
         sys.path.remove(os.getcwd())
     check_own(name, model)
@@ -260,12 +270,6 @@ def check_own(name, model):
 
 def has_lazy_layers(model):
     return any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in [*model.parameters(), *model.buffers()])
-
-
-def reason_of(error):
-    """Type and first line of an exception, for a message of one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:150]}"
 
 
 #############################################
@@ -302,22 +306,28 @@ def prunable(model, keep=()):
     return {name: weight for name, weight in weights.items() if name not in kept}
 
 
-def roles(model, keep=()):
-    """{name of every parameter: "prunable", or why it is not}."""
-    of_norms = {id(p) for module in model.modules() if isinstance(module, NORMS) for p in module.parameters()}
-    weights, pruned = prunable(model), prunable(model, keep)
-    found = {}
-    for name, parameter in model.named_parameters():
-        found[name] = "not of a convolution or linear layer"
-        if "bias" in name.rpartition(".")[2]:
-            found[name] = "bias"
-        if id(parameter) in of_norms:
-            found[name] = "norm"
-        if not parameter.requires_grad:
-            found[name] = "frozen"
-        if name in weights:
-            found[name] = "prunable" if name in pruned else "kept dense"
-    return found
+def role_of(name, parameter, model, keep):
+    """What a parameter is: prunable, or why it is not."""
+    if name in prunable(model):
+        return "prunable" if name in prunable(model, keep) else "kept dense"
+    if not parameter.requires_grad:
+        return "frozen"
+    if any(parameter is own for module in model.modules() if isinstance(module, NORMS) for own in module.parameters()):
+        return "norm"
+    return "bias" if "bias" in name.rpartition(".")[2] else "not of a convolution or linear layer"
+
+
+def print_parameters(model, keep):
+    """The table of all parameters: which of them are prunable, and why the others are not."""
+    parameters = dict(model.named_parameters())
+    width = max(map(len, parameters))
+    print(f"{'parameter':<{width}} {'shape':<18} {'number':>11}")
+    for name, parameter in parameters.items():
+        shape = " x ".join(map(str, parameter.shape))
+        print(f"{name:<{width}} {shape:<18} {parameter.numel():>11,}  {role_of(name, parameter, model, keep)}")
+    total = sum(parameter.numel() for parameter in parameters.values())
+    weights = sum(weight.numel() for weight in prunable(model, keep).values())
+    print(f"prunable: {weights:,} of {total:,} parameters, {weights / total:.1%}")
 
 
 def aliases(model):
@@ -393,7 +403,8 @@ def check_network(model, images, labels, num_classes):
         raise
     except Exception as error:  # a user's code may raise anything
         shape = " x ".join(map(str, images.shape))
-        raise UserError(f"the network cannot be trained on images of {shape}: {reason_of(error)}") from error
+        raise UserError(f"the network cannot be trained on images of {shape}: {type(error).__name__}: "
+                        f"{first_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,5 @@
 """Pictures in class folders as arrays: every format that PIL reads, sizes, depths, palettes and transparency."""
+import contextlib
 import functools
 import os
 import warnings
@@ -193,15 +194,16 @@ class Look(NamedTuple):
     grey: bool
 
 
-def opened(file, read):
-    """read(picture) of a file. Raises UserError for one that is damaged, or larger than any picture should be."""
+@contextlib.contextmanager
+def opened(file):
+    """The picture in a file. Raises UserError, inside too, for one that is damaged or larger than any should be."""
     check_regular(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=readable()[0]) as picture:
-                return read(picture)
+                yield picture
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -213,21 +215,20 @@ def opened(file, read):
 def opens_as_picture(file):
     """Whether a file without a picture's suffix is one."""
     try:
-        return opened(file, lambda picture: True)
+        with opened(file):
+            return True
     except UserError:
         return False
 
 
 def look(file, surprises):
-    def read(picture):
+    with opened(file) as picture:
         if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
             surprises.add("pictures of several frames, of which the first is read", file)
         if max(picture.size) > STRIP * min(picture.size):
             raise UserError(f"{file}: {sides(picture.size)} pixels are no picture")
         grey = picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith(("I", "F"))
         return Look(file, picture.size, grey)
-
-    return opened(file, read)
 
 
 def decode_all(looks, size, channels, title, surprises):
@@ -249,7 +250,7 @@ def in_channels(image, channels, file):
 
 def decode(file, surprises, size=None):
     """A picture as uint8 [1 or 3, H, W]; with `size`, resized and cut to it."""
-    def read(picture):
+    with opened(file) as picture:
         flat = flattened(picture, file, surprises)
         orientation = picture.getexif().get(0x0112)
         if orientation in UPRIGHT:
@@ -259,9 +260,7 @@ def decode(file, surprises, size=None):
             surprises.add(f"pictures resized to {size} x {size}, their centre cut out", file)
             flat = fit(flat, size)
         pixels = np.asarray(flat)
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-    return opened(file, read)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def flattened(picture, file, surprises):

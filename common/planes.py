@@ -55,7 +55,7 @@ def make_plane(kind, states, names=None, stream=None):
         stream = stream or random_stream(0, "plane")
         states = states + [random_direction(states[0], names, stream) for _ in range(2)]
     inner = gram(states, names)
-    base, directions = span(kind, inner, count)
+    base, directions = base_and_directions(kind, inner, count)
     axes = orthonormal(directions, inner)
     if kind == "paper":
         axes = np.array([direction / math.sqrt(direction @ inner @ direction) for direction in directions])
@@ -79,7 +79,7 @@ def gram(states, names):
     return (rows @ rows.T).cpu().numpy()
 
 
-def span(kind, inner, count):
+def base_and_directions(kind, inner, count):
     """(base [M], two directions [M]) in coefficients of M states with inner products `inner`, `count` of them given."""
     unit = np.eye(len(inner))
     if kind == "pca":

@@ -39,6 +39,11 @@ def is_first():
     return current().rank == 0
 
 
+def own_part():
+    """The slice of images or points that this rank works on."""
+    return slice(current().rank, None, current().size)
+
+
 @contextlib.contextmanager
 def all_ranks():
     """Join the processes that torchrun started: gloo for tensors on a CPU, nccl on GPUs, a device a rank."""

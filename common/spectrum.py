@@ -34,7 +34,7 @@ class Hessian:
         mask = mask or {}
         self.parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}  # frozen ones too
         self.sizes = [p.numel() for p in self.parameters.values()]
-        self.n, self.own = len(labels), own_images()
+        self.n, self.own = len(labels), ranks.own_part()
         with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
             self.logits = functional_call(model, self.parameters, (images[self.own],))
         loss = F.cross_entropy(self.logits, labels[self.own], reduction="sum") / self.n
@@ -176,11 +176,6 @@ def lanczos(product, start, steps):
 
 def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def own_images():
-    """The part of a batch's images that this rank has."""
-    return slice(ranks.current().rank, None, ranks.current().size)
 
 
 def check_eval_mode(model):

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from . import data
-from .errors import UserError
-from .files import difference, load
+from .augment import usual_augmentation
+from .errors import UserError, first_line
+from .files import difference, load, save
 from .masks import dense_mask, sparsity
 from .networks import build_network, check_network, prunable
 
@@ -16,6 +17,7 @@ FORMAT = "lottery-mask-1"
 FILES_READ = {"dataset": "data_fingerprint", "distilled": "distilled_fingerprint", "start": "start_fingerprint"}
 ENDPOINT_FORMAT = "lottery-endpoint-1"
 SCORE_NAMES = {"magnitude": "magnitude at initialisation", "snip": "SNIP", "grasp": "GraSP", "synflow": "SynFlow"}
+MAY_CHANGE = {"rounds", "sparse", "compile"}  # in a run that goes on: more rounds; the last two are of old configs
 # What a run goes on with, how its subnetworks are evaluated, how it is computed: not how its masks were found.
 SAME_FAMILY = {"seed", "rounds", "sparse", "eval_epochs", "eval_lr", "eval_batch_size", "amp", "compile", "data_dir"}
 
@@ -112,7 +114,7 @@ def described_network(path, config, code=None):
         with torch.device("cpu" if own else "meta"):  # shapes, without the memory that a hostile file may ask for
             return build_network(config)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: its config describes no network ({str(error)[:80]})") from error
+        raise UserError(f"{path}: its config describes no network ({first_line(error)})") from error
 
 
 #############################################
@@ -156,15 +158,17 @@ def matched_names(path, found, wanted, model):
     files_layers, our_layers = layers_of(found), layers_of(wanted)
     names = {}
     for theirs, ours in itertools.zip_longest(files_layers, our_layers):
-        wrong = theirs is None or ours is None or files_layers[theirs].keys() != our_layers[ours].keys()
-        for leaf in [] if wrong else files_layers[theirs]:
-            wrong = wrong or files_layers[theirs][leaf].shape != our_layers[ours][leaf].shape
-            names[join(theirs, leaf)] = join(ours, leaf)
-        if wrong:
-            raise UserError(f"{path}: layer {theirs or 'missing'} {described(files_layers.get(theirs))} is not "
-                            f"{model}'s {ours or 'missing'} {described(our_layers.get(ours))} (--model, --width, "
-                            "--norm and --dataset choose the network)")
+        file_layer, our_layer = files_layers.get(theirs, {}), our_layers.get(ours, {})
+        if shapes(file_layer) != shapes(our_layer):
+            raise UserError(f"{path}: layer {theirs or 'missing'} {in_words(file_layer)} is not {model}'s "
+                            f"{ours or 'missing'} {in_words(our_layer)} (--model, --width, --norm and --dataset "
+                            "choose the network)")
+        names |= {f"{theirs}.{leaf}".lstrip("."): f"{ours}.{leaf}".lstrip(".") for leaf in file_layer}
     return names
+
+
+def shapes(layer):
+    return {leaf: tuple(value.shape) for leaf, value in layer.items()}
 
 
 def layers_of(state):
@@ -176,13 +180,9 @@ def layers_of(state):
     return layers
 
 
-def join(layer, leaf):
-    return f"{layer}.{leaf}" if layer else leaf
-
-
-def described(layer):
+def in_words(layer):
     """The tensors of a layer in words."""
-    return ", ".join(f"{leaf} {tuple(value.shape)}" for leaf, value in (layer or {}).items())
+    return ", ".join(f"{leaf} {shape}" for leaf, shape in shapes(layer).items())
 
 
 def masked_weight(path, mask_name, names, masks):
@@ -203,23 +203,27 @@ def hard_mask(path, name, mask):
     return mask.bool().contiguous()
 
 
-def portable_state(path):
-    """What a file of this project holds, for use without it. Raises UserError.
+def export(to, path):
+    """Write what the file `path` holds to the file `to`, for use without this project. Raises UserError.
 
     Of a ticket the state dict of a network pruned by torch.nn.utils.prune (weight_orig, weight_mask, and all else as
     it is), of an endpoint its state dict. No code of the network is run.
     """
+    if Path(to).suffix not in (".pt", ".pth"):
+        raise UserError(f"--export {to}: wanted a name that ends in .pt or .pth")
+    if Path(to).exists():
+        raise UserError(f"--export {to}: is there already; choose another name")
     held = load(path)
     known = isinstance(held, dict) and held.get("format")
     if known == ENDPOINT_FORMAT and held.get("epochs_done") == held.get("epochs"):
-        return held["state"]
+        return save(to, held["state"])
     if known != FORMAT:
         raise UserError(f"{path}: neither a mask file of prune.py nor a finished endpoint")
     masks, init = held["masks"], held["init"]
     if not masks.keys() <= init.keys():
         raise UserError(f"{path}: masks without weights")
     state = {f"{name}_orig" if name in masks else name: value for name, value in init.items()}
-    return state | {f"{name}_mask": kept.to(init[name].dtype) for name, kept in masks.items()}
+    save(to, state | {f"{name}_mask": kept.to(init[name].dtype) for name, kept in masks.items()})
 
 
 def fingerprint(ticket):
@@ -292,9 +296,9 @@ def differing_keys(configs):
     return [key for key, different in values.items() if len(different) > 1]
 
 
-def changed_setting(earlier, config, ignored=()):
+def changed_setting(earlier, config):
     """The first setting by which a run's config is not that of an earlier one, or None; files by content."""
-    ignored = set(ignored)
+    ignored = set(MAY_CHANGE)
     for path, sha in FILES_READ.items():
         known = None not in (earlier.get(sha), config.get(sha))
         ignored.add(path if known else sha)
@@ -374,7 +378,7 @@ def unnamed_config(args, device):
                   seed=args.seed or 0, image_size=args.image_size, data="real", eval_epochs=60)
     real = data.load_real(config, args.data_dir, device)
     if config["image_size"] > 64:
-        config |= dict(augment="imagenet", cutmix=1.)
+        config |= usual_augmentation(config["image_size"])
     return config, real
 
 

@@ -9,8 +9,8 @@ SCRIPTS = ["prune", "stability", "landscape", "hessian", "distill"]
 LADDER = ["errors", "interrupts", "bars", "ranks", "files", "curves", "streams", "networks", "masks", "kernels.build",
           "kernels.ops", "augment", "arrays", "pictures", "data", "graph", "distilled", "kernels.dense",
           "kernels.sparse", "kernels.crossover", "kernels.views", "kernels.points", "captured", "training",
-          "evaluation", "scores", "tangents", "spectrum", "symmetries", "matching", "planes", "tickets", "figures",
-          "overlap", "endpoints", "cli"]
+          "evaluation", "scores", "tangents", "spectrum", "symmetries", "matching", "planes", "tickets", "runs",
+          "figures", "overlap", "endpoints", "cli"]
 ROOMS = [f"common.{room}" for room in LADDER]
 
 
