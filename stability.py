@@ -144,11 +144,11 @@ def result_file(out, name, settings):
 
 
 def measure_ahead(ticket_at, settings_at, train, test, args):
-    """Under torchrun: the endpoints, then the lines, shared out over the ranks; the results are found finished."""
-    if ranks.current().size == 1:
-        return
+    """What is not done ticket by ticket, and then found: the endpoints (train_ahead), under torchrun the lines too."""
     train_ahead(args.out, ticket_at, train, args.orders, partial(recipe_of_ticket, args), args.seed, args.from_epoch,
                 args.overwrite)
+    if ranks.current().size == 1:
+        return
     names = result_names(ticket_at)
     for path in ranks.share(ticket_at, "lines of all tickets"):
         measure(path, names[path], ticket_at[path], train, test, settings_at[path], args.out)

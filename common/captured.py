@@ -107,6 +107,8 @@ class Captured:
             own = Row(row.bytes.clone(), row.like)
             views = own.views()
             self.graphs[row.shapes()] = own.bytes, GRAPHS[own.bytes.device.type](lambda: self.step(views))
+        except torch.OutOfMemoryError:
+            raise  # without a graph it would not be enough either, or soon no more
         except Exception as error:  # the forward of somebody's network may do anything
             reason = (str(error) or type(error).__name__).splitlines()[0][:150]
             print(f"training: no CUDA graph, so slower: {reason}", file=sys.stderr)

@@ -2,7 +2,7 @@
 import itertools
 from pathlib import Path
 
-from . import files, ranks, training
+from . import files, ranks, together, training
 from .errors import UserError
 from .networks import build_network
 from .streams import random_stream
@@ -114,17 +114,22 @@ def train_endpoint(path, about, init, start, last, split, recipe, generator):
 
 
 def train_ahead(folder, ticket_at, split, orders, recipe_of, seed=None, shared=0, overwrite=False):
-    """Under torchrun: train the endpoints of {path: ticket} in all `orders`, each on one of the ranks.
+    """Train the endpoints of {path: ticket} in all `orders`: on a GPU together, under torchrun each on one rank.
 
-    `recipe_of(ticket)` is its Recipe. They are found when they are asked for; one process trains them only then.
+    `recipe_of(ticket)` is its Recipe. They are found when they are asked for; one process on a CPU trains them only
+    then.
     """
-    if ranks.current().size == 1:
+    device = split.labels.device
+    if ranks.current().size == 1 and not together.pays(device):
         return
     by_name = {name: ticket_at[path] for path, name in result_names(ticket_at).items()}
     length = recipe_of(next(iter(ticket_at.values()))).epochs
-    for name in ranks.share(by_name, "epochs shared by the orders", shared) if shared else ():
-        ticket = by_name[name]
-        endpoint(folder, name, ticket, split, None, recipe_of(ticket), seed, shared, overwrite)
-    for name, order in ranks.share(itertools.product(by_name, range(orders)), "epochs of all endpoints", length):
+
+    def train(name_and_order):
+        name, order = name_and_order
         ticket = by_name[name]
         endpoint(folder, name, ticket, split, order, recipe_of(ticket), seed, shared, overwrite)
+
+    if shared:
+        together.each(train, itertools.product(by_name, [None]), device, "epochs shared by the orders", shared)
+    together.each(train, itertools.product(by_name, range(orders)), device, "epochs of all endpoints", length)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import captured, curves, files, ranks
+from . import captured, curves, files, ranks, together
 from .augment import augmented, draw_batch, even
 from .bars import Bar
 from .errors import UserError
@@ -106,6 +106,7 @@ def train(model, split, recipe, generator, mask=None, until=None, training=None,
             left = batches(training.order, recipe.batch_size)[training.step:]
             for draws in epoch_of(left, lr, split, recipe, generator):
                 if draws_itself:
+                    together.wait_before_drawing()
                     seed_from(generator, model)
                 loss, hits = step(draws)
                 training.losses.append(loss)
@@ -221,8 +222,10 @@ def train_with_bar(title, model, split, recipe, generator, mask=None, until=None
                 bar.update(loss=f"{training.loss:.3f}", accuracy=f"{training.accuracy:.1%}")
                 if curve:
                     curve.add(training.epoch, **pace.row(training, len(split)))
-            elif bar.tick():
-                ranks.current().step(0)  # the bar of all ranks says its minute's line too
+            else:
+                together.hand_on()
+                if bar.tick():
+                    ranks.current().step(0)  # the bar of all ranks says its minute's line too
             if save and (asked_to_stop() or autosave.due()):
                 save(training)
             if asked_to_stop():

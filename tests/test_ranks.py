@@ -14,6 +14,7 @@ import torch
 import landscape
 from common import files
 from conftest import ROOT
+from samples import equal
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 DATA = ["--dataset", "digits", "--data", "real", "--width", "8", "--train-images", "100", "--lr", ".1"]
@@ -55,14 +56,6 @@ def folders(tmp_path_factory):
     (two / "landscape" / "landscape.npz").write_bytes((one / "landscape" / "landscape.npz").read_bytes())
     forget_half(two / "landscape" / "landscape.npz")  # of one process, for two to go on with
     return one, two, said, finish([*TORCHRUN, *driver], two)
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def assert_same_files(one, two, pattern):
