@@ -91,6 +91,8 @@ def choose_device(name=None):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and graphs are made on the current one
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: not a device of this machine's PyTorch") from error
     return device
