@@ -451,7 +451,8 @@ def add_training_flags(parser):
     cli.sparse_flag(group)
     flag("--amp", action="store_true", help="train in bfloat16")
     flag("--seed", type=cli.seed, help="fixes initialisation, order and augmentation (%(default)s)")
-    flag("--seeds", type=cli.seed, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
+    flag("--seeds", type=cli.seed, nargs="+",
+         help="several runs, each in its own folder <out>/seed<S>; on a GPU together")
     cli.device_flags(group)
 
 

@@ -85,8 +85,8 @@ def cuobjdump(*arguments):
     search = os.pathsep.join([os.environ["PATH"], *(f"{folder}/backends/nvidia/bin" for folder in folders)])
     if not shutil.which("cuobjdump", path=search) or not shutil.which("nvdisasm", path=search):
         pytest.skip("needs cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
-    return subprocess.run([shutil.which("cuobjdump", path=search), *map(str, arguments)], capture_output=True, text=True,
-                          check=True, env=os.environ | {"PATH": search}).stdout
+    command = [shutil.which("cuobjdump", path=search), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": search}).stdout
 
 
 def test_memory_bound_kernels_move_16_bytes_at_a_time(instances):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import landscape
-from common import files
+from common import cli, files
+from common.errors import UserError
 from conftest import ROOT
 from samples import equal
 
@@ -127,3 +128,19 @@ def test_a_mistake_is_said_once(tmp_path):
     command = [*TORCHRUN, str(ROOT / "prune.py"), "--rate", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and done.stderr.count("error: --rate 2: must lie") == 1 and not list(tmp_path.iterdir())
+
+
+def test_ranks_without_a_gpu_of_their_own_are_refused(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: torch.ones(size))
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert cli.choose_device() == torch.device("cuda") and chosen.pop() == rank
+    assert cli.choose_device("cuda:0").index == 0 and chosen.pop() == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="more ranks than GPUs.* --nproc-per-node=2, or --device cpu"):
+        cli.choose_device()
+    assert cli.choose_device("cpu").type == "cpu" and not chosen
