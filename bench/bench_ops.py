@@ -198,7 +198,7 @@ def bench_together(device, config, name):
     def train_all(count, epochs):
         def train_one(seed):
             model = build_network(config, seed).to(device)
-            train(model, split, Recipe(epochs), random_stream(seed), progress=lambda training: together.hand_on())
+            train(model, split, Recipe(epochs), random_stream(seed))
 
         together.each(train_one, range(count), device, "networks")
 

@@ -1,8 +1,8 @@
 """Independent runs at the same time on one GPU: seeds and data orders, whose small networks alone leave it idle.
 
 Each is the code it is alone, in a thread with a CUDA stream of its own. One thread works at a time, and hands on when
-it has asked the GPU for a step: a run's draws, steps and bits are those it has alone, and the GPU makes all their steps
-side by side. A CPU is filled by one run, and does them in order.
+it has asked the GPU for some steps, or would wait for it: a run's draws, steps and bits are those it has alone, and the
+GPU makes the steps of all side by side. A CPU is filled by one run, and does them in order.
 """
 import contextlib
 import contextvars
@@ -19,6 +19,7 @@ from . import captured, interrupts, ranks
 from .streams import global_generators_kept
 
 MOST = 16  # runs at a time
+STEPS = 8  # that one asks for before it hands on: to wake a thread takes as long as to ask for one or two
 
 #############################################
 #                 All of them               #
@@ -108,7 +109,7 @@ class Run(threading.Thread):
 
 
 def hand_on():
-    """To be called after every step: the others make theirs."""
+    """To be called before the GPU is waited for, and every STEPS steps: the others ask for theirs."""
     thread = threading.current_thread()
     if isinstance(thread, Run):
         thread.hand_on()

@@ -67,6 +67,7 @@ class Training:
 
     def finish_epoch(self, lr):
         """Sum up the epoch: the only wait for a GPU in it. Raises UserError on a loss that is not finite."""
+        together.hand_on()
         losses = torch.stack(self.losses).tolist()
         for step, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -112,6 +113,8 @@ def train(model, split, recipe, generator, mask=None, until=None, training=None,
                 training.losses.append(loss)
                 training.hits += hits
                 training.step += 1
+                if training.step % together.STEPS == 0:
+                    together.hand_on()
                 progress(training)
             training.finish_epoch(recipe.lr)
             progress(training)
@@ -222,10 +225,8 @@ def train_with_bar(title, model, split, recipe, generator, mask=None, until=None
                 bar.update(loss=f"{training.loss:.3f}", accuracy=f"{training.accuracy:.1%}")
                 if curve:
                     curve.add(training.epoch, **pace.row(training, len(split)))
-            else:
-                together.hand_on()
-                if bar.tick():
-                    ranks.current().step(0)  # the bar of all ranks says its minute's line too
+            elif bar.tick():
+                ranks.current().step(0)  # the bar of all ranks says its minute's line too
             if save and (asked_to_stop() or autosave.due()):
                 save(training)
             if asked_to_stop():

@@ -81,24 +81,27 @@ def assert_same(states, wanted):
 
 @pytest.fixture
 def turns(graphs, monkeypatch):
-    """The threads that made a step and handed on, in order; there are graphs."""
+    """The threads that handed on, in order, as they do after each step here; there are graphs."""
     threads, hand_on = [], together.hand_on
 
     def noted():
         threads.append(threading.current_thread())
         hand_on()
 
+    monkeypatch.setattr(together, "STEPS", 1)
     monkeypatch.setattr(together, "hand_on", noted)
     return threads
 
 
-def test_trainings_in_turns_have_the_bits_they_have_alone(alone, turns, tmp_path):
+@pytest.mark.parametrize("steps", [1, 3, together.STEPS])
+def test_trainings_in_turns_have_the_bits_they_have_alone(alone, turns, tmp_path, monkeypatch, steps):
+    monkeypatch.setattr(together, "STEPS", steps)
     threads, generator = threading.active_count(), torch.get_rng_state()
     assert_same(do_all(tmp_path), alone)
     assert threading.active_count() == threads and torch.equal(torch.get_rng_state(), generator)
     first, second, third, fourth = dict.fromkeys(turns)
-    assert turns[:8] == [first, second, third, fourth] * 2  # a step each
-    assert turns[-4:] == [third] * 4  # the long one, when the others are done
+    assert turns[:4] == [first, second, third, fourth]
+    assert turns[-2:] == [third] * 2  # the long one, when the others are done
 
 
 def test_on_a_cpu_nothing_is_done_together(monkeypatch):
