@@ -32,11 +32,12 @@ import fnmatch
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from common import cli, evaluation, files, ranks, training
+from common import cli, evaluation, files, ranks, together, training
 from common.augment import usual_augmentation
 from common.cli import at_least, positive, within
 from common.data import DATASETS, load_real, random_subset
@@ -359,7 +360,8 @@ def add_training_flags(parser):
     cli.sparse_flag(group)
     flag("--amp", action="store_true", help="train in bfloat16")
     flag("--seed", type=cli.seed, help="fixes initialisation, order and augmentation (%(default)s)")
-    flag("--seeds", type=cli.seed, nargs="+", help="several runs, each in its own folder <out>/seed<S>")
+    flag("--seeds", type=cli.seed, nargs="+",
+         help="several runs, each in its own folder <out>/seed<S>; on a GPU together")
     cli.machine_flags(group)
 
 
@@ -453,8 +455,10 @@ def pruning_data(config, distilled, real):
     return distilled
 
 
-def run_seed(config, out, args, distilled, real, device):
+def run_seed(args, config, distilled, real, device, seed):
     """One run of one seed, from the checks to the picture."""
+    out = args.out / f"seed{seed}" if args.seeds else args.out
+    config = config | {"seed": seed}
     data = pruning_data(config, distilled, real)
     model = build_network(config, config["seed"]).to(device)
     start = load_ticket(args.start, config, device, model) if args.start else None
@@ -491,9 +495,8 @@ def main(argv=None):
     print(f"preset {preset} ({chosen}): {config['model']} on {config['dataset']}, {config['data']} data, "
           f"{config['rounds']} rounds {way}")
     print_parameters(build_network(config, config["seed"]), config["keep"])
-    for seed in ranks.share(args.seeds or [args.seed], "rounds of all seeds", config["rounds"] + 1):
-        out = args.out / f"seed{seed}" if args.seeds else args.out
-        run_seed(config | {"seed": seed}, out, args, distilled, real, device)
+    together.each(partial(run_seed, args, config, distilled, real, device), args.seeds or [args.seed], device,
+                  "rounds of all seeds", config["rounds"] + 1)
     print(f"written: masks, tables and what there is to draw in {args.out}")
 
 

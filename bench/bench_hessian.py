@@ -9,7 +9,6 @@ weights, and the ratio, in CPU time too, which counts on a busy machine; the row
 entries. Random images: the time does not depend on them.
 """
 import argparse
-import resource
 import sys
 import time
 from pathlib import Path
@@ -20,13 +19,16 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hessian  # noqa: E402
+import timing  # noqa: E402
 from common.networks import build_network  # noqa: E402
 from machine import describe, keep_freed_memory  # noqa: E402
 
 
-def clocks():
-    """Wall clock and CPU time of all threads, in seconds."""
-    return np.array([time.perf_counter(), time.process_time()])
+def clocked(function, device):
+    """Seconds of function() and of CPU time in all threads."""
+    start = time.process_time()
+    seconds = timing.seconds(function, device)
+    return np.array([seconds, time.process_time() - start])
 
 
 def main():
@@ -35,33 +37,40 @@ def main():
     parser.add_argument("--width", type=int, help="(128, resnet18: 32)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rows", type=int, default=200, help="weights that get a backward pass each (200)")
+    parser.add_argument("--device", default="cpu", help="(cpu)")
     args = parser.parse_args()
+    device = timing.choose(args.device)
     keep_freed_memory()
     print(describe(same_malloc=True))
     config = dict(model=args.model, width=args.width, norm=None, channels=3, image_size=32, num_classes=10)
-    model = build_network(config).eval()
-    images, labels = torch.randn(args.batch, 3, 32, 32), torch.arange(args.batch) % 10
+    model = build_network(config).eval().to(device)
+    images = torch.randn(args.batch, 3, 32, 32, device=device)
+    labels = torch.arange(args.batch, device=device) % 10
+    results = []
 
-    start = clocks()
-    _, diagonal, method = hessian.exact_diagonal(model, images, labels, {})
-    exact = clocks() - start
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    def whole_diagonal():
+        results[:] = hessian.exact_diagonal(model, images, labels, {})
+
+    exact = clocked(whole_diagonal, device)
+    _, diagonal, method = results
     diagonal = torch.cat([h.flatten() for h in diagonal.values()])
     print(f"{args.model} of width {args.width or 'default'}, batch {args.batch}, {torch.get_num_threads()} threads: "
           f"{method}")
     print(f"all {len(diagonal):,} entries: {exact[0]:.1f} s, {exact[1]:.1f} s of CPU time, "
-          f"peak memory {memory:.2f} GiB")
+          f"peak memory {timing.peak_memory(device) / 1024:.2f} GiB{timing.floor(whole_diagonal, exact[0], device)}")
 
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
     chosen = torch.randperm(len(diagonal))[:args.rows].tolist()
-    start = clocks()
     rows = []
-    for i in chosen:
-        row = torch.autograd.grad(gradient[i], parameters, retain_graph=True)
-        rows.append(torch.cat([g.flatten() for g in row])[i])
-    loop = clocks() - start
+
+    def some_rows():
+        for i in chosen:
+            row = torch.autograd.grad(gradient[i], parameters, retain_graph=True)
+            rows.append(torch.cat([g.flatten() for g in row])[i])
+
+    loop = clocked(some_rows, device)
     whole = loop / args.rows * len(diagonal)
     error = (torch.stack(rows) - diagonal[chosen]).abs().max() / diagonal.abs().max()
     print(f"{args.rows} rows of the loop: {loop[0]:.1f} s, {loop[1]:.1f} s of CPU time; "

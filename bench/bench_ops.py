@@ -2,59 +2,47 @@
 
 Medians of interleaved repetitions; a ratio above 1 means the ops are faster. On a CPU eager PyTorch is measured twice:
 as it is, and with cli.keep_freed_memory(), which the scripts switch on for everything and which helps it most.
-On a GPU the bandwidth of the memory-bound kernels is printed, to hold against the bytes counted in csrc/kernels.
+On a GPU the floor stands beside each number (timing.py), the step is a CUDA graph as in training, and the memory-bound
+kernels and several networks that train together are timed too.
 """
 import argparse
 import copy
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import timing  # noqa: E402
+from common import captured, together  # noqa: E402
 from common.data import Split  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.evaluation import combine, evaluate_points  # noqa: E402
 from common.kernels import ops  # noqa: E402
 from common.kernels.views import view  # noqa: E402
 from common.networks import build_network, prunable  # noqa: E402
+from common.streams import random_stream  # noqa: E402
+from common.training import Recipe, train  # noqa: E402
 from machine import describe, keep_freed_memory  # noqa: E402
 
 CONVNET3 = dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=128)
 RESNET18 = dict(model="resnet18", channels=3, image_size=32, num_classes=10)
 
 
-def seconds(functions, repetitions, device):
-    """Median time of each function {name: function}, in turns; the first turn warms up."""
+def medians(functions, repetitions, device):
+    """Median seconds of each function {name: function}, in turns; the first turn warms up."""
     times = {name: [] for name in functions}
     for _ in range(repetitions + 1):
         for name, function in functions.items():
-            times[name].append(seconds_on_gpu(function) if device.type == "cuda" else seconds_on_cpu(function))
+            times[name].append(timing.seconds(function, device))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def seconds_on_cpu(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def seconds_on_gpu(function):
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    function()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def row(what, ours, other, target=None):
+def row(what, ours, other, target=None, floor=""):
     wanted = f"wanted {target}" if target else ""
-    print(f"{what:<66} {ours * 1e3:9.2f} ms {other * 1e3:9.2f} ms  x {other / ours:5.2f}  {wanted}", flush=True)
+    print(f"{what:<66} {ours * 1e3:9.2f} ms {other * 1e3:9.2f} ms  x {other / ours:5.2f}  {wanted}{floor}", flush=True)
 
 
 def random_mask(model, kept=.5):
@@ -88,13 +76,14 @@ def bench_sgd(device):
         ops.masked_sgd_(params, grads, momenta, masks, .01, .9, 5e-4)
 
     with torch.no_grad():
-        time = seconds({"ours": ours, "torch": torch_step}, 50, device)
-    row("masked_sgd_, ResNet-18 | SGD(fused=True) and _foreach_mul_", time["ours"], time["torch"], 1.3)
+        time = medians({"ours": ours, "torch": torch_step}, 50, device)
+    floor = timing.floor(ours, time["ours"], device)
+    row("masked_sgd_, ResNet-18 | SGD(fused=True) and _foreach_mul_", time["ours"], time["torch"], 1.3, floor)
 
     size = 30_000_000  # out of any cache
     p, g, m = (torch.randn(size, device=device) for _ in range(3))
     keep, copied = torch.rand(size, device=device) < .5, torch.empty(size, device=device)
-    time = seconds({"ours": lambda: ops.masked_sgd_([p], [g], [m], [keep], .01, .9, 5e-4),
+    time = medians({"ours": lambda: ops.masked_sgd_([p], [g], [m], [keep], .01, .9, 5e-4),
                     "copy": lambda: copied.copy_(p)}, 10, device)
     ours, copy_ = 21 * size / time["ours"] / 1e9, 8 * size / time["copy"] / 1e9
     print(f"masked_sgd_ out of cache {ours:.1f} GB/s, a copy {copy_:.1f} GB/s: x {ours / copy_:.2f}  wanted 0.8")
@@ -134,11 +123,14 @@ def bench_points(device, config, name, targets, count, repetitions=2):
         for weights in line:
             eager_point(copy.deepcopy(model), combine(states, weights), split.images, split.labels)
 
-    time = seconds({"ours": lambda: evaluate_points(model, states, line, [split]),
-                    "nchw": eager(torch.contiguous_format), "nhwc": eager(torch.channels_last), "released": released},
-                   repetitions, device)
+    def ours():
+        evaluate_points(model, states, line, [split])
+
+    time = medians({"ours": ours, "nchw": eager(torch.contiguous_format),
+                    "nhwc": eager(torch.channels_last), "released": released}, repetitions, device)
     eager_time = min(time["nchw"], time["nhwc"])
-    row(f"11 points of {name} | eager, eval mode, no_grad, better layout", time["ours"], eager_time, targets[0])
+    row(f"11 points of {name} | eager, eval mode, no_grad, better layout", time["ours"], eager_time, targets[0],
+        timing.floor(ours, time["ours"], device))
     row(f"11 points of {name} | a deep copy per point, autograd on", time["ours"], time["released"], targets[1])
 
 
@@ -156,12 +148,13 @@ def bench_step(device, config, name, target, repetitions=9):
         model = copy.deepcopy(base)
         network, (names, params) = view(model), zip(*model.named_parameters())
         momenta, masks = [torch.zeros_like(p) for p in params], [mask.get(n) for n in names]
+        lr = torch.tensor(.01, device=device)
 
         def step():
             loss = F.cross_entropy(network(images), labels)
             grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-            ops.masked_sgd_(params, grads, momenta, masks, .01, .9, 5e-4)
-            return loss.item()
+            ops.masked_sgd_(params, grads, momenta, masks, lr, .9, 5e-4)
+            return loss.detach()
 
         return step
 
@@ -178,51 +171,77 @@ def bench_step(device, config, name, target, repetitions=9):
             optimizer.step()
             with torch.no_grad():
                 torch._foreach_mul_(params, masks)
-            return loss.item()
+            return loss.detach()
 
         return step
 
-    time = seconds({"ours": ours(), "nchw": eager(torch.contiguous_format), "nhwc": eager(torch.channels_last)},
-                   repetitions, device)
+    time = medians({"ours": as_trained(ours(), device), "nchw": eager(torch.contiguous_format),
+                    "nhwc": eager(torch.channels_last)}, repetitions, device)
     eager_time = min(time["nchw"], time["nhwc"])
-    row(f"training step of {name}, batch 64 | eager, better layout", time["ours"], eager_time, target)
+    row(f"training step of {name}, batch 64 | eager, better layout", time["ours"], eager_time, target,
+        timing.floor(ours(), time["ours"], device))
     return ours(), eager(torch.contiguous_format)
+
+
+def as_trained(step, device):
+    """The step as training makes it: on a GPU it is replayed as a CUDA graph."""
+    if device.type == "cpu":
+        return step
+    captured.warm_up_cuda(lambda _: step(), None)
+    return captured.CudaGraph(step)
+
+
+def bench_together(device, config, name):
+    """Training steps of several networks together on a GPU, a network; the capture cancels in the difference."""
+    split = Split(torch.randn(640, 3, 32, 32, device=device), torch.randint(10, (640,), device=device))
+
+    def train_all(count, epochs):
+        def train_one(seed):
+            model = build_network(config, seed).to(device)
+            train(model, split, Recipe(epochs), random_stream(seed))
+
+        together.each(train_one, range(count), device, "networks")
+
+    for count in (1, 2, 4, 8, 16):
+        short, long = (timing.seconds(lambda: train_all(count, epochs), device) for epochs in (20, 120))
+        print(f"{count:>2} of {name} together: {(long - short) / 1000 / count * 1e6:7.1f} us a step and network")
 
 
 def bench_curve(ours, eager, steps=50):
     differences = []
     for _ in range(steps):
-        mine, theirs = ours(), eager()
+        mine, theirs = ours().item(), eager().item()
         differences.append(abs(mine - theirs) / theirs)
     print(f"loss curve over {steps} steps: largest relative difference {max(differences):.1e}, "
           f"the last loss {mine:.5f} | {theirs:.5f}")
 
 
 def bench_bandwidth(device):
-    """The memory-bound kernels on a GPU: time, GB/s, and the ratio to the floor, at which a copy moves their bytes."""
+    """The memory-bound kernels on a GPU, against the floor, at which a copy moves their bytes."""
     x = torch.randn(512, 128, 32, 32, device=device)
     weight, bias, y = torch.ones(128, device=device), torch.zeros(128, device=device), torch.empty_like(x)
     pooled, mean, rstd = torch.ops.lottery.norm_relu_pool(x, weight, bias, 1e-5)
     last, pooled_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, pooled))
     states, coefficients = torch.randn(2, 1 << 22, device=device), torch.randn(16, 2, device=device)
     points = torch.empty(16, 1 << 22, device=device)
+    images, colour, transform = torch.randn(512, 3, 32, 32, device=device), torch.rand(512, 3), torch.rand(512, 6)
+    drawn = images, colour.to(device), transform.to(device)
+    logits, labels = torch.randn(4, 10_000, 10, device=device), torch.randint(10, (10_000,), device=device)
     cases = {
-        "copy": (8 * x.numel(), lambda: y.copy_(x)),
-        "norm_relu_pool": (5 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool(x, weight, bias, 1e-5)),
-        "norm_relu_pool_backward": (
-            9 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool_backward(pooled, x, weight, bias, mean, rstd)),
-        "norm_relu_pool, NHWC": (5 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool(last, weight, bias, 1e-5)),
-        "norm_relu_pool_backward, NHWC": (9 * x.numel(), lambda: torch.ops.lottery.norm_relu_pool_backward(
-            pooled_last, last, weight, bias, mean, rstd)),
-        "bias_relu_": (12 * x.numel(), lambda: torch.ops.lottery.bias_relu_(y, bias, x)),
-        "combine_": (
-            (4 * 2 + 4 * 16) << 22, lambda: torch.ops.lottery.combine_(points, states, coefficients, None)),
+        "copy": lambda: y.copy_(x),
+        "norm_relu_pool": lambda: torch.ops.lottery.norm_relu_pool(x, weight, bias, 1e-5),
+        "norm_relu_pool_backward": lambda: torch.ops.lottery.norm_relu_pool_backward(
+            pooled, x, weight, bias, mean, rstd),
+        "norm_relu_pool, NHWC": lambda: torch.ops.lottery.norm_relu_pool(last, weight, bias, 1e-5),
+        "norm_relu_pool_backward, NHWC": lambda: torch.ops.lottery.norm_relu_pool_backward(
+            pooled_last, last, weight, bias, mean, rstd),
+        "bias_relu_": lambda: torch.ops.lottery.bias_relu_(y, bias, x),
+        "combine_": lambda: torch.ops.lottery.combine_(points, states, coefficients, None),
+        "dsa": lambda: torch.ops.lottery.dsa(*drawn),
+        "cross_entropy_top1": lambda: torch.ops.lottery.cross_entropy_top1(logits, labels),
     }
-    time = seconds({name: function for name, (_, function) in cases.items()}, 20, device)
-    for name, (moved, _) in cases.items():
-        floor = moved / cases["copy"][0] * time["copy"]
-        print(f"{name:<30} {time[name] * 1e3:8.3f} ms {moved / time[name] / 1e9:8.1f} GB/s, "
-              f"floor {floor * 1e3:8.3f} ms: x {time[name] / floor:.2f}")
+    for name, took in medians(cases, 20, device).items():
+        print(f"{name:<30} {took * 1e3:9.3f} ms{timing.floor(cases[name], took, device)}")
 
 
 def main():
@@ -230,7 +249,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=2000, help="evaluated at each of 11 points (2000: minutes)")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = timing.choose(args.device)
     torch.manual_seed(0)
     if not ops.load():
         raise UserError("the extension is not built: python setup.py build_ext --inplace")
@@ -248,6 +267,8 @@ def main():
     bench_curve(*steps)
     if device.type == "cuda":
         bench_bandwidth(device)
+        bench_together(device, CONVNET3, "convnet3 width 128")
+        bench_together(device, CONVNET3 | {"width": 32}, "convnet3 width 32")
 
 
 if __name__ == "__main__":

@@ -49,14 +49,14 @@ def launch(commands, ranks, folder, *flags):
     return time.perf_counter() - began, [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
 
 
-def time_two_against_one(folder, parts):
-    launch([[*TIMED["landscape"], "--grid", "9", "--eval-images", "2"], [*TIMED["hessian"], "--batch", "1"]], 0,
-           folder / "prepare")  # trains the end points
+def time_two_against_one(folder, parts, device):
+    first = [*TIMED["landscape"], "--grid", "9", "--eval-images", "2"], [*TIMED["hessian"], "--batch", "1"]
+    launch([[*command, "--device", device] for command in first], 0, folder / "prepare")  # trains the end points
     print(f"{'':<9} {'whole command':^27}   {'work alone':^27}   {'CPU of the busiest rank':^27}")
     for name in parts:
         runs = []
         for ranks in (0, 2):
-            whole, lines = launch([TIMED[name]], ranks, folder / f"{name} {ranks}")
+            whole, lines = launch([[*TIMED[name], "--device", device]], ranks, folder / f"{name} {ranks}")
             runs.append((whole, *(max(line[key] for line in lines) for key in ("seconds", "cpu_seconds"))))
         cells = (f"{one:7.1f} s {two:7.1f} s {one / two:5.2f} x" for one, two in zip(*runs))
         print(f"{name:<9} {'   '.join(cells)}", flush=True)
@@ -79,6 +79,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(TIMED), help=f"of {', '.join(TIMED)} (all)")
     parser.add_argument("--messages", action="store_true", help="count, instead of timing")
+    parser.add_argument("--device", default="cpu", help="cuda: a GPU each for two processes (cpu)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        count_messages(Path(name)) if args.messages else time_two_against_one(Path(name), args.parts)
+        folder = Path(name)
+        count_messages(folder) if args.messages else time_two_against_one(folder, args.parts, args.device)

@@ -10,7 +10,6 @@ cli.run's setting of the memory allocator, which the third has too.
 import argparse
 import copy
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import timing  # noqa: E402
 from common.data import CIFAR, Split  # noqa: E402
 from common.evaluation import combine, evaluate_points  # noqa: E402
 from common.kernels import ops  # noqa: E402
@@ -30,7 +30,7 @@ def released_loop(config, states, coefficients, split, batch_size=64):
     """A fresh network, a deep copy and a pass over the data for each point, autograd on: [(loss, accuracy)]."""
     scores = []
     for weights in coefficients:
-        model, point = build_network(config), copy.deepcopy(states[0])
+        model, point = build_network(config).to(split.labels.device), copy.deepcopy(states[0])
         for name, value in point.items():
             if value.is_floating_point():
                 point[name] = sum(weight * state[name] for weight, state in zip(weights, states))
@@ -49,12 +49,14 @@ def released_loop(config, states, coefficients, split, batch_size=64):
 def compare(args, count, coefficients):
     """Time both ways on `count` random networks under one mask, check that they agree and print the ratio."""
     config = dict(model=args.model, width=args.width, norm=None, channels=3, image_size=32, num_classes=10)
-    generator, model = random_stream(0), build_network(config)
-    mask = {name: torch.rand(weight.shape, generator=generator) >= args.sparsity
+    device, generator = timing.choose(args.device), random_stream(0)
+    model = build_network(config).to(device)
+    mask = {name: (torch.rand(weight.shape, generator=generator) >= args.sparsity).to(device)
             for name, weight in prunable(model).items()}
-    states = [combine([build_network(config, seed).state_dict()], [1.], mask) for seed in range(count)]
+    states = [combine([build_network(config, seed).to(device).state_dict()], [1.], mask) for seed in range(count)]
     images = torch.randint(0, 256, (args.images, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    split = Split(images, torch.randint(0, 10, (args.images,), generator=generator), *CIFAR)
+    labels = torch.randint(0, 10, (args.images,), generator=generator)
+    split = Split(images.to(device), labels.to(device), *CIFAR)
     ways = {"released loop": lambda: released_loop(config, states, coefficients, split),
             "released loop, our malloc": lambda: released_loop(config, states, coefficients, split),
             "evaluate_points": lambda: [
@@ -62,9 +64,7 @@ def compare(args, count, coefficients):
     scores, seconds = {}, {name: [] for name in ways}
     for name, way in ways.items():
         for _ in range(args.repeats):
-            start = time.perf_counter()
-            scores[name] = np.array(way())
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timing.seconds(lambda: scores.update({name: np.array(way())}), device))
         keep_freed_memory()
     theirs, ours = scores["released loop"], scores["evaluate_points"]
     assert np.allclose(theirs[:, 0], ours[:, 0], rtol=1e-4) and abs(theirs - ours)[:, 1].max() < .01
@@ -73,7 +73,7 @@ def compare(args, count, coefficients):
           f"{'compiled ops' if ops.load() else 'PyTorch fallback'}")
     for name, times in seconds.items():
         print(f"{name:<26} {min(times):8.2f} s {len(coefficients) / min(times):8.2f} points/s "
-              f"{min(seconds['released loop']) / min(times):6.2f}x")
+              f"{min(seconds['released loop']) / min(times):6.2f}x{timing.floor(ways[name], min(times), device)}")
 
 
 def parse(doc):
@@ -83,6 +83,7 @@ def parse(doc):
     parser.add_argument("--images", type=int, default=1000, help="(1000)")
     parser.add_argument("--sparsity", type=float, default=0., help="fraction of weights set to 0, at random (0)")
     parser.add_argument("--repeats", type=int, default=3, help="(3)")
+    parser.add_argument("--device", default="cpu", help="(cpu)")
     return parser.parse_args()
 
 

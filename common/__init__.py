@@ -24,7 +24,7 @@ The rooms, each using only those above it:
     augment, arrays, pictures, data   DSA and CutMix; what users' arrays and pictures mean; splits of real data
     graph                             any network as the operations of its forward pass
     distilled                         distilled sets of every published format
-    captured                          a training step as a CUDA graph
+    captured, together                a training step as a CUDA graph; several trainings on one GPU
     training, evaluation, scores      SGD under a mask; losses of networks and of points; what to prune without training
     tangents, spectrum                directions through every layer; the Hessian's products and eigenvalues
     symmetries, matching, planes      weight space: units that may be relabelled, and are; planes through networks

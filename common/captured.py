@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .streams import global_generators_kept
 
@@ -43,15 +42,15 @@ class Row(NamedTuple):
 def rows_on(device, batches):
     """The Rows of `batches`, NamedTuples of tensors or None: gone up to `device` in one copy that nobody waits for."""
     rows = [bytes_of(batch) for batch in batches]
-    together = torch.cat(rows)
+    together = torch.frombuffer(bytearray().join(rows), dtype=torch.uint8)
     if device.type == "cuda":
         together = together.pin_memory().to(device, non_blocking=True)
     return [Row(row, batch) for row, batch in zip(together.split([len(row) for row in rows]), batches)]
 
 
 def bytes_of(batch):
-    parts = [part.contiguous().flatten().view(torch.uint8) for part in batch if part is not None]
-    return torch.cat([F.pad(part, (0, -len(part) % 16)) for part in parts])
+    parts = [part.numpy().tobytes() for part in batch if part is not None]
+    return b"".join(part + bytes(-len(part) % 16) for part in parts)
 
 
 #############################################
@@ -92,11 +91,12 @@ class Captured:
         self.graphs = {}  # {shapes: (the row it reads, graph)}; None when there can be none
 
     def __call__(self, row):
-        if self.graphs is not None and row.shapes() not in self.graphs:
+        shapes = row.shapes()
+        if self.graphs is not None and shapes not in self.graphs:
             self.capture(row)
         if self.graphs is None:
             return self.step(row.views())
-        own, graph = self.graphs[row.shapes()]
+        own, graph = self.graphs[shapes]
         own.copy_(row.bytes)
         return [result.clone() for result in graph()]
 
@@ -107,6 +107,8 @@ class Captured:
             own = Row(row.bytes.clone(), row.like)
             views = own.views()
             self.graphs[row.shapes()] = own.bytes, GRAPHS[own.bytes.device.type](lambda: self.step(views))
+        except torch.OutOfMemoryError:
+            raise  # without a graph it would not be enough either, or soon no more
         except Exception as error:  # the forward of somebody's network may do anything
             reason = (str(error) or type(error).__name__).splitlines()[0][:150]
             print(f"training: no CUDA graph, so slower: {reason}", file=sys.stderr)

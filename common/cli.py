@@ -90,6 +90,8 @@ def choose_device(name=None):
     """The torch.device that --device names; CUDA when there is one, else the CPU. Raises UserError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and torch.cuda.is_available():  # make it current: streams and graphs are made there
+            torch.cuda.set_device(ranks.own_gpu() if device.index is None else device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: not a device of this machine's PyTorch") from error

@@ -51,14 +51,17 @@ class Split:
 
     @functools.cached_property
     def scale(self):
-        """Mean and standard deviation of the pixels as bytes, [C, 1, 1] each."""
-        return [255 * torch.tensor(v, device=self.labels.device).view(-1, 1, 1) for v in (self.mean, self.std)]
+        """Mean and standard deviation of the pixels as bytes, [C, 1, 1] each.
+
+        Made on the CPU: the streams of a GPU that share a split do not wait for each other's kernels.
+        """
+        return [(255 * torch.tensor(v).view(-1, 1, 1)).to(self.labels.device) for v in (self.mean, self.std)]
 
     @functools.cached_property
     def black(self):
         """What a pixel of value 0 is when it is normalised, [C, 1, 1]."""
-        mean, std = (torch.tensor(v, device=self.labels.device) for v in (self.mean, self.std))
-        return -(mean / std).view(-1, 1, 1)
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return -(mean / std).view(-1, 1, 1).to(self.labels.device)
 
     def subset(self, index):
         return replace(self, images=self.images[index], labels=self.labels[index])

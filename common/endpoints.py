@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import files, ranks, training
+from . import files, ranks, together, training
 from .data import Split
 from .errors import UserError
 from .networks import build_network
@@ -132,13 +132,19 @@ class Endpoints:
                         self.args.seed, self.shared, self.args.overwrite)["state"]
 
     def train_ahead(self, paths, orders):
-        """Under torchrun: train those of `paths`, each on one of the ranks. One process trains them when asked for."""
-        if ranks.current().size == 1:
+        """Train those of `paths` in all `orders`: on a GPU together, under torchrun each on one of the ranks.
+
+        One process on a CPU trains them when they are asked for.
+        """
+        device = self.split.labels.device
+        if ranks.current().size == 1 and not together.pays(device):
             return
         paths = list({self.names[path]: path for path in paths}.values())  # of one ticket, one
+
+        def train(path_and_order):
+            self.state(*path_and_order)
+
         if self.shared:
-            for path in ranks.share(paths, "epochs shared by the orders", self.shared):
-                self.state(path, None)
+            together.each(train, itertools.product(paths, [None]), device, "epochs shared by the orders", self.shared)
         epochs = self.recipe(paths[0]).epochs
-        for path, order in ranks.share(itertools.product(paths, range(orders)), "epochs of all endpoints", epochs):
-            self.state(path, order)
+        together.each(train, itertools.product(paths, range(orders)), device, "epochs of all endpoints", epochs)

@@ -1,10 +1,12 @@
 """Ctrl-C, SIGTERM (Slurm, spot machines), SIGHUP (a lost connection): a training ends its step and saves; everything
 else stops at once."""
 import contextlib
+import contextvars
 import signal
 import threading
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+asked = contextvars.ContextVar("asked", default=lambda: None)  # in a thread: what the main one, which waits, was asked
 
 
 class Stopped(KeyboardInterrupt):
@@ -34,7 +36,7 @@ def install():
 def deferred():
     """Inside, the signals wait: the function given says which one has come, or None. Afterwards it raises Stopped."""
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield asked.get()
         return
     came = []
     before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in heeded()}

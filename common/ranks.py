@@ -50,12 +50,6 @@ def all_ranks():
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
-    if torch.cuda.is_available():
-        device, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if device >= count:
-            raise UserError(f"torchrun started rank {device} on this machine of {count} GPUs, which ranks do not "
-                            f"share; take --nproc-per-node={count}")
-        torch.cuda.set_device(device)  # what "cuda" means from here on
     store, rank, size = next(torch.distributed.rendezvous("env://"))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # a restarted group must not meet its dead self
         store = torch.distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -66,6 +60,15 @@ def all_ranks():
         yield
     wait()
     torch.distributed.destroy_process_group()
+
+
+def own_gpu():
+    """The number of this rank's GPU. Raises UserError where torchrun started more ranks than there are GPUs."""
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise UserError(f"torchrun started more ranks than GPUs, which they do not share; take "
+                        f"--nproc-per-node={count}, or --device cpu")
+    return number
 
 
 @contextlib.contextmanager

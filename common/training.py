@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import captured, curves, files, ranks
+from . import captured, curves, files, ranks, together
 from .augment import augmented, draw_batch, even
 from .bars import Bar
 from .errors import UserError
@@ -67,6 +67,7 @@ class Training:
 
     def finish_epoch(self, lr):
         """Sum up the epoch: the only wait for a GPU in it. Raises UserError on a loss that is not finite."""
+        together.hand_on()
         losses = torch.stack(self.losses).tolist()
         for step, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -106,11 +107,14 @@ def train(model, split, recipe, generator, mask=None, until=None, training=None,
             left = batches(training.order, recipe.batch_size)[training.step:]
             for draws in epoch_of(left, lr, split, recipe, generator):
                 if draws_itself:
+                    together.wait_before_drawing()
                     seed_from(generator, model)
                 loss, hits = step(draws)
                 training.losses.append(loss)
                 training.hits += hits
                 training.step += 1
+                if training.step % together.STEPS == 0:
+                    together.hand_on()
                 progress(training)
             training.finish_epoch(recipe.lr)
             progress(training)

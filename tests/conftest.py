@@ -10,7 +10,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+from common import captured  # noqa: E402
 from common.kernels import views  # noqa: E402
+from samples import StandIn  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +21,14 @@ def zeros_are_skipped_as_before():
     before = views.skip_zeros.set("auto")
     yield
     views.skip_zeros.reset(before)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that are captured, on a CPU too."""
+    monkeypatch.setitem(captured.GRAPHS, "cpu", StandIn)
+    monkeypatch.setattr(StandIn, "made", [])
+    return StandIn.made
 
 
 @pytest.fixture

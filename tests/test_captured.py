@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import blobs, config, half_mask
+from samples import StandIn, blobs, config, half_mask
 from torch import nn
 
 from common import captured
@@ -15,32 +15,6 @@ from common.masks import apply_mask
 from common.networks import blocks_of, build_network
 from common.streams import global_generators_kept, random_stream, seed_from
 from common.training import Recipe, batches, train
-
-
-class StandIn:
-    """For captured.CudaGraph: it runs `function` at every call, and leaves the results in the same tensors."""
-
-    made = []
-
-    def __init__(self, function):
-        self.function, self.results = function, None
-        self.made.append(self)
-
-    def __call__(self):
-        results = self.function()
-        if self.results is None:
-            self.results = [result.clone() for result in results]
-        for own, result in zip(self.results, results):
-            own.copy_(result)
-        return self.results
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """The graphs that are captured, on a CPU too."""
-    monkeypatch.setitem(captured.GRAPHS, "cpu", StandIn)
-    monkeypatch.setattr(StandIn, "made", [])
-    return StandIn.made
 
 
 def network(**changes):
@@ -151,6 +125,15 @@ def test_a_graph_that_fails_leaves_the_plain_step(graphs, monkeypatch, capsys):
     assert "slower: operation not permitted when stream is capturing\n" in capsys.readouterr().err
     monkeypatch.delitem(captured.GRAPHS, "cpu")
     assert_same(result_of(network(), pictures(), Recipe(2, batch_size=20)), tried)
+
+
+def test_no_memory_for_a_graph_is_no_memory(graphs, monkeypatch):
+    def fails(function):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(captured.GRAPHS, "cpu", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        result_of(network(), pictures(), Recipe(2, batch_size=20))
 
 
 #############################################

@@ -1,5 +1,4 @@
 """What nvcc alone can tell of the CUDA half: it compiles, no kernel spills, memory is moved 16 bytes at a time."""
-import importlib
 import importlib.util
 import os
 import re
@@ -14,6 +13,7 @@ from common.kernels import build
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc" / "kernels"
+LAUNCHERS = list((ROOT / "csrc" / "cuda").glob("*.cu"))
 INSTANCES = """
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -78,17 +78,21 @@ def test_no_kernel_spills_or_uses_local_memory(instances, architecture):
     assert len(frames) > 15 and set(frames) == {"0"}
 
 
-def test_memory_bound_kernels_move_16_bytes_at_a_time(instances):
-    triton = importlib.util.find_spec("triton")  # brings the disassembler along
+def cuobjdump(*arguments):
+    """What the disassembler prints; skips where there is none."""
+    triton = importlib.util.find_spec("triton")  # brings it along
     folders = triton.submodule_search_locations if triton else []
     search = os.pathsep.join([os.environ["PATH"], *(f"{folder}/backends/nvidia/bin" for folder in folders)])
     if not shutil.which("cuobjdump", path=search) or not shutil.which("nvdisasm", path=search):
         pytest.skip("needs cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
+    command = [shutil.which("cuobjdump", path=search), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": search}).stdout
+
+
+def test_memory_bound_kernels_move_16_bytes_at_a_time(instances):
     binary = instances.with_suffix(".cubin")
     assert nvcc("-arch", "sm_80", "-I", KERNELS, "-cubin", instances, "-o", binary).returncode == 0
-    listing = subprocess.run([shutil.which("cuobjdump", path=search), "-sass", binary], capture_output=True, text=True,
-                             check=True, env=os.environ | {"PATH": search}).stdout
-    functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", listing, re.S))
+    functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", cuobjdump("-sass", binary), re.S))
     for kernel in MEMORY_BOUND:
         bodies = [body for name, body in functions.items() if kernel in name]
         assert bodies, kernel
@@ -97,8 +101,32 @@ def test_memory_bound_kernels_move_16_bytes_at_a_time(instances):
             assert "LDL" not in body and "STL" not in body, kernel
 
 
-def test_setup_built_the_launchers_for_cuda_too():
-    """setup.py compiles csrc/cuda/*.cu for sm_80 and sm_90 when nvcc is there; the library loads without a GPU."""
-    if build.prebuilt() is None or os.environ.get("FORCE_CUDA") == "0" or torch.version.cuda is None:
+@pytest.fixture(scope="module")
+def extension():
+    """The extension that setup.py built: where there is an nvcc with its CUDA half, which loads without a GPU."""
+    found = build.prebuilt()
+    if found is None or os.environ.get("FORCE_CUDA") == "0" or torch.version.cuda is None:
         pytest.skip("needs python setup.py build_ext --inplace")
-    assert importlib.import_module(build.NAME).cuda
+    assert found.cuda
+    return found
+
+
+def test_every_launcher_is_registered(extension):
+    launchers = re.findall(r'm\.impl\("(\w+)"', "".join(file.read_text() for file in LAUNCHERS))
+    assert len(launchers) == 8
+    for name in launchers:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lottery::{name}", "CUDA"), name
+
+
+def test_every_kernel_is_there_for_the_architectures_claimed(extension):
+    """Machine code for sm_80 and sm_90, and PTX for those to come, of each file that launches."""
+    if "TORCH_CUDA_ARCH_LIST" in os.environ:
+        pytest.skip("TORCH_CUDA_ARCH_LIST: built for others")
+    assert len(re.findall(r"\.sm_90\.ptx", cuobjdump("-lptx", extension.__file__))) == len(LAUNCHERS)
+    code = re.findall(r"arch = (sm_\d+)\n(.*?)(?=\narch =|\Z)", cuobjdump("-symbols", extension.__file__), re.S)
+    kernels = re.findall(r"(\w+_kernel)\(", "".join(file.read_text() for file in KERNELS.glob("*.cuh")))
+    assert len(kernels) == 9
+    for architecture in ("sm_80", "sm_90"):
+        symbols = "".join(text for name, text in code if name == architecture)
+        for kernel in kernels:
+            assert kernel in symbols, f"{kernel} for {architecture}"

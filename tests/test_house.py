@@ -8,7 +8,7 @@ from conftest import ROOT
 SCRIPTS = ["prune", "stability", "landscape", "hessian", "distill"]
 LADDER = ["errors", "interrupts", "bars", "ranks", "files", "curves", "streams", "networks", "masks", "kernels.build",
           "kernels.ops", "augment", "arrays", "pictures", "data", "graph", "distilled", "kernels.dense",
-          "kernels.sparse", "kernels.crossover", "kernels.views", "kernels.points", "captured", "training",
+          "kernels.sparse", "kernels.crossover", "kernels.views", "kernels.points", "captured", "together", "training",
           "evaluation", "scores", "tangents", "spectrum", "symmetries", "matching", "planes", "tickets", "runs",
           "figures", "overlap", "endpoints", "cli"]
 ROOMS = [f"common.{room}" for room in LADDER]

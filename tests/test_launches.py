@@ -1,7 +1,8 @@
-"""How many kernels a GPU would be asked for, counted on meta tensors, which have shapes and layouts but no values."""
+"""How many kernels a GPU would be asked for, and bytes, counted on meta tensors: shapes and layouts without values."""
 import collections
 
 import pytest
+import timing
 import torch
 from samples import config
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,3 +108,18 @@ def test_norms_are_folded_once_a_point(on_meta, monkeypatch):
     counts = points_on_meta("resnet18", monkeypatch)
     assert counts["rsqrt"] == 20 * 11
     assert sum(counts.values()) <= 4200, counts
+
+
+def test_the_floors_of_benches_hold_known_bytes_and_operations(on_meta):
+    x, y = (torch.empty(64, 32, device="meta") for _ in range(2))
+    assert timing.counted(lambda: y.copy_(x)) == (2 * 64 * 32 * 4, 0)
+    assert timing.counted(lambda: x @ y.T) == (4 * (2 * 64 * 32 + 64 * 64), 2 * 64 * 32 * 64)
+    assert timing.counted(lambda: x.add_(y[:1].expand(64, 32))) == (4 * (2 * 64 * 32 + 64 * 32), 0)
+    assert timing.counted(lambda: torch.empty_like(x)[:8].T) == (0, 0)
+    states, points = torch.empty(2, 100, device="meta"), torch.empty(7, 100, device="meta")
+    combine_ = torch.ops.lottery.combine_
+    assert timing.counted(lambda: combine_(points, states, torch.empty(7, 2, device="meta"), None)) == (
+        4 * (7 * 100 + 2 * 100 + 7 * 2), 0)
+    step, draws = step_of("convnet3", width=128)
+    moved, operations = timing.counted(lambda: step(draws))
+    assert moved == pytest.approx(285e6, rel=.05) and operations == pytest.approx(19e9, rel=.01)

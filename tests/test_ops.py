@@ -576,6 +576,16 @@ def bare_checkout(tmp_path):
     return tmp_path
 
 
+def test_a_gpu_of_another_architecture_means_the_fallback(monkeypatch, capsys):
+    def refused(*size, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
+
+    monkeypatch.setattr(torch, "ones", refused)
+    assert not ops.runs_on.__wrapped__("cpu")
+    said = "csrc: PyTorch fallback on cpu: CUDA error: no kernel image is available for execution on the device\n"
+    assert capsys.readouterr().err == said
+
+
 def fallback_reason(folder, **environment):
     value, lines = load_in_a_new_process(folder, TORCH_EXTENSIONS_DIR=str(folder / "cache"), **environment)
     if value == "True":

@@ -1,6 +1,7 @@
 """Two processes under torchrun against one process, through the scripts; and a process that is killed."""
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 import landscape
-from common import files
+from common import cli, files
+from common.errors import UserError
 from conftest import ROOT
+from samples import equal
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 DATA = ["--dataset", "digits", "--data", "real", "--width", "8", "--train-images", "100", "--lr", ".1"]
@@ -55,14 +58,6 @@ def folders(tmp_path_factory):
     (two / "landscape" / "landscape.npz").write_bytes((one / "landscape" / "landscape.npz").read_bytes())
     forget_half(two / "landscape" / "landscape.npz")  # of one process, for two to go on with
     return one, two, said, finish([*TORCHRUN, *driver], two)
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def assert_same_files(one, two, pattern):
@@ -108,7 +103,7 @@ def test_distilled_sets_are_the_same_bit_for_bit(folders):
 
 def test_two_processes_print_what_one_prints_once(folders):
     *_, one, two = folders
-    before = [text.split("landscape")[0].splitlines() for text in (one, two)]
+    before = [re.sub(r", \d+ s\n", "\n", text.split("landscape")[0]).splitlines() for text in (one, two)]
     # A training says its lines where it is done: ahead of the others' tables when ranks share it out.
     tables = [[line for line in lines if ": epoch " not in line] for lines in before]
     assert tables[0] == tables[1] and sorted(before[0]) == sorted(before[1])
@@ -134,3 +129,19 @@ def test_a_mistake_is_said_once(tmp_path):
     command = [*TORCHRUN, str(ROOT / "prune.py"), "--rate", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and done.stderr.count("error: --rate 2: must lie") == 1 and not list(tmp_path.iterdir())
+
+
+def test_ranks_without_a_gpu_of_their_own_are_refused(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: torch.ones(size))
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert cli.choose_device() == torch.device("cuda") and chosen.pop() == rank
+    assert cli.choose_device("cuda:0").index == 0 and chosen.pop() == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="more ranks than GPUs.* --nproc-per-node=2, or --device cpu"):
+        cli.choose_device()
+    assert cli.choose_device("cpu").type == "cpu" and not chosen

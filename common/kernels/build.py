@@ -124,7 +124,8 @@ def build():
         from torch.utils import cpp_extension  # reads CUDA_HOME when imported
 
     cuda = torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
-    made_of = repr((sources_hash(), torch.__version__, cuda, compiler_version())).encode()
+    gpu = torch.cuda.get_device_capability() if cuda else None  # what it is built for
+    made_of = repr((sources_hash(), torch.__version__, gpu, compiler_version())).encode()
     folder = cache_folder() / f"{NAME}-{hashlib.sha256(made_of).hexdigest()[:12]}"
     library = folder / f"{NAME}.so"
     with one_build_at_a_time(folder), quietly():

@@ -4,6 +4,7 @@
 <op>_gradient how autograd goes through it. `load` chooses between compiled ops and plain PyTorch, once.
 """
 import functools
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,17 @@ def if_any(gradient):
     return through
 
 
+@functools.cache
 def runs_on(device_type):
-    """Whether compiled ops are there for "cpu" or "cuda"."""
-    return load() and build.has_kernels(device_type)
+    """Whether compiled ops are there for "cpu" or "cuda", and this GPU takes them; said once where it does not."""
+    if not load() or not build.has_kernels(device_type):
+        return False
+    try:
+        torch.ops.lottery.combine_(*(torch.ones(1, 1, device=device_type) for _ in range(3)), None)
+    except RuntimeError as error:  # built for another architecture
+        print(f"csrc: PyTorch fallback on {device_type}: {build.reason_of(error)}", file=sys.stderr)
+        return False
+    return True
 
 
 def layout(x):
