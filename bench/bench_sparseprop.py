@@ -55,8 +55,8 @@ def row(SparseConv2d, channels, side, sparsity, repeats):
     *two_ways, inside, alone = fastest([*theirs, our_step(conv, mask, images), our_lone_step(conv, mask, images)],
                                        repeats)
     best = min(two_ways)
-    return (f"{channels:>4} {side:>3}x{side:<3} {sparsity:>6.0%}{'':>10}{best:>9.2f}{inside:>10.2f}{best / inside:>7.2f}x"
-            f"{alone:>9.2f}{best / alone:>7.2f}x")
+    shape = f"{channels:>4} {side:>3}x{side:<3} {sparsity:>6.0%}"
+    return f"{shape:<28}{best:>10.2f}{inside:>10.2f}{best / inside:>7.2f}x{alone:>9.2f}{best / alone:>7.2f}x"
 
 
 def their_step(layer, images):

@@ -69,7 +69,8 @@ class ChangeLayoutBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.ops.lottery.sparse_blocked(grad.contiguous(memory_format=torch.channels_last), ctx.halo), None, None
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        return torch.ops.lottery.sparse_blocked(grad, ctx.halo), None, None
 
 
 def unblocked(x):
