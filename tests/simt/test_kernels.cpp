@@ -1,6 +1,6 @@
 // Every kernel of csrc/kernels/ against a plain computation in double: several sizes with tails, each tensor misaligned
 // on its own, offsets beyond 2^31, float32, float16 and bfloat16, in several orders of threads. Argument: how many
-// orders (seeds) to run. mutants.py shows which mistakes in the kernels this finds.
+// orders (seeds) to run. bench/mutants.py shows which mistakes in the kernels this finds.
 #define SIMT_CPU
 #include "simt.h"
 //
