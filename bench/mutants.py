@@ -116,7 +116,6 @@ MUTANTS = {
         ("images + (long long)blockIdx.x", "images + int(blockIdx.x)"),
         ("results + (long long)blockIdx.x", "results + int(blockIdx.x)"),
         ("  __syncthreads();\n", ""),
-        ("channels == 1 ? 1.f : ", ""),
         ("row < 0 || ", ""),
         ("row >= height || ", ""),
         ("column < 0 || ", ""),
