@@ -3,7 +3,7 @@
 Medians of interleaved repetitions; a ratio above 1 means the ops are faster. On a CPU eager PyTorch is measured twice:
 as it is, and with cli.keep_freed_memory(), which the scripts switch on for everything and which helps it most.
 On a GPU the floor stands beside each number (timing.py), the step is a CUDA graph as in training, and the memory-bound
-kernels and several networks that train together are timed too.
+kernels are timed too.
 """
 import argparse
 import copy
@@ -16,15 +16,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import timing  # noqa: E402
-from common import captured, together  # noqa: E402
+from common import captured  # noqa: E402
 from common.data import Split  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.evaluation import combine, evaluate_points  # noqa: E402
 from common.kernels import ops  # noqa: E402
 from common.kernels.views import view  # noqa: E402
 from common.networks import build_network, prunable  # noqa: E402
-from common.streams import random_stream  # noqa: E402
-from common.training import Recipe, train  # noqa: E402
 from machine import describe, keep_freed_memory  # noqa: E402
 
 CONVNET3 = dict(model="convnet3", channels=3, image_size=32, num_classes=10, width=128)
@@ -191,22 +189,6 @@ def as_trained(step, device):
     return captured.CudaGraph(step)
 
 
-def bench_together(device, config, name):
-    """Training steps of several networks together on a GPU, a network; the capture cancels in the difference."""
-    split = Split(torch.randn(640, 3, 32, 32, device=device), torch.randint(10, (640,), device=device))
-
-    def train_all(count, epochs):
-        def train_one(seed):
-            model = build_network(config, seed).to(device)
-            train(model, split, Recipe(epochs), random_stream(seed))
-
-        together.each(train_one, range(count), device, "networks")
-
-    for count in (1, 2, 4, 8, 16):
-        short, long = (timing.seconds(lambda: train_all(count, epochs), device) for epochs in (20, 120))
-        print(f"{count:>2} of {name} together: {(long - short) / 1000 / count * 1e6:7.1f} us a step and network")
-
-
 def bench_curve(ours, eager, steps=50):
     differences = []
     for _ in range(steps):
@@ -267,8 +249,6 @@ def main():
     bench_curve(*steps)
     if device.type == "cuda":
         bench_bandwidth(device)
-        bench_together(device, CONVNET3, "convnet3 width 128")
-        bench_together(device, CONVNET3 | {"width": 32}, "convnet3 width 32")
 
 
 if __name__ == "__main__":

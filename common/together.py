@@ -1,4 +1,4 @@
-"""Independent runs at the same time on one GPU: seeds and data orders, whose small networks alone leave it idle.
+"""Independent runs at the same time on one GPU: seeds and data orders, whose small networks alone do not fill it.
 
 Each is the code it is alone, in a thread with a CUDA stream of its own. One thread works at a time, and hands on when
 it has asked the GPU for some steps, or would wait for it: a run's draws, steps and bits are those it has alone, and the

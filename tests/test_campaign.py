@@ -1,6 +1,7 @@
-"""The campaign's malformed input (bench/campaign.py), and numbers at the edge of float32."""
+"""The campaign's malformed input (bench/campaign.py), numbers at the edge of float32, mutants that have a place."""
 import campaign
 import hessian
+import mutants
 import pytest
 import torch
 from samples import config
@@ -55,3 +56,9 @@ def test_channels_without_variance_and_denormals_survive(images):
         assert evaluate(model, split).loss < 1
     _, diagonal, _ = hessian.exact_diagonal(model.eval(), images, LABELS, mask)
     assert all(h.isfinite().all() for h in diagonal.values())
+
+
+@pytest.mark.parametrize("name", mutants.MUTANTS)
+def test_every_mutant_has_its_place_in_the_kernels(name):
+    text = (mutants.KERNELS / f"{name}.cuh").read_text()
+    assert [before for before, _ in mutants.MUTANTS[name] if text.count(before) != 1] == []

@@ -1,6 +1,6 @@
 // Every kernel of csrc/kernels/ against a plain computation in double: several sizes with tails, each tensor misaligned
 // on its own, offsets beyond 2^31, float32, float16 and bfloat16, in several orders of threads. Argument: how many
-// orders (seeds) to run. mutants.py shows which mistakes in the kernels this finds.
+// orders (seeds) to run. bench/mutants.py shows which mistakes in the kernels this finds.
 #define SIMT_CPU
 #include "simt.h"
 //
@@ -125,6 +125,12 @@ struct Updated {
   }
 };
 
+// The step as it is launched: its learning rate lies on the device.
+SgdStep launched(SgdStep step) {
+  step.lr = NAN;
+  return step;
+}
+
 template <class T>
 void test_masked_sgd(const SgdStep& step) {
   const std::string off[] = {"", "", "", "", "", "", "", "param", "grad", "momentum", "mask", ""};
@@ -153,7 +159,7 @@ void test_masked_sgd(const SgdStep& step) {
     batch.size[i] = n;
     batch.first_block[i + 1] = batch.first_block[i] + (n + kSgdBlock - 1) / kSgdBlock;
   }
-  LAUNCH(masked_sgd_kernel<T>, batch.first_block[batch.count], kSgdThreads, 0, 0, batch, step, &step.lr);
+  LAUNCH(masked_sgd_kernel<T>, batch.first_block[batch.count], kSgdThreads, 0, 0, batch, launched(step), &step.lr);
   double error = 0;
   for (int i = 0; i < batch.count; ++i)
     for (int j = 0; j < sizes[i]; ++j) {
@@ -181,7 +187,7 @@ void test_masked_sgd_of_a_huge_tensor() {
     batch.count = 1;
     batch.first_block[1] = (size + kSgdBlock - 1) / kSgdBlock;
     const simt::Part part(dim3(begin / kSgdBlock, 0), begin ? 2 : 1);
-    LAUNCH(masked_sgd_kernel<Half>, batch.first_block[1], kSgdThreads, 0, 0, batch, step, &step.lr);
+    LAUNCH(masked_sgd_kernel<Half>, batch.first_block[1], kSgdThreads, 0, 0, batch, launched(step), &step.lr);
     double error = 0;
     for (size_t i = begin; i < (begin ? end : kSgdBlock); ++i) {
       keep_largest(error, params[i], want[i - begin].p);
