@@ -148,6 +148,8 @@ def survey(path, planes, grids, scorers, permits, about, earlier=None):
                 continue
             for s, scorer in enumerate(scorers):
                 score_level(level, coefficients[s], scorer, scores[s], done[s], progress)
+            for plane, found in zip(planes, scores):
+                evaluation.check_losses(found[:len(plane.projections), 0], "an endpoint")
             save()
             if level[0] >= first and not done.all() and ranks.current().size == 1:  # the caller draws the last picture
                 draw_surface(pack(scores, done, about, size), path.parent, path.stem)

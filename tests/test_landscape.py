@@ -173,6 +173,15 @@ def test_quadratic_surface_is_reproduced(tmp_path, no_pictures):
     assert rises == pytest.approx(np.tile(np.trace(curvature) / 2 * np.square(landscape.RADII), (4, 1)), rel=1e-6)
 
 
+def test_diverged_endpoints_are_refused_and_nothing_is_written(tmp_path, no_pictures):
+    def diverged(plane, coefficients):
+        return np.full((len(coefficients), 3), np.nan)
+
+    with pytest.raises(UserError, match="an endpoint: the loss is nan"):
+        toy_survey(tmp_path / "landscape.npz", diverged)
+    assert not list(tmp_path.iterdir())
+
+
 def test_barrier_matrix_reads_the_lines():
     losses = np.array([1., 3., 2.] + [2.] * 9 + [9.] * 9 + [0.] * 9 + [0.] * 3 * 3 * 8)
     _, barriers, _ = landscape.read_probes(losses, 3)
