@@ -1,6 +1,6 @@
 """Plants mistakes in the kernels' source, one at a time, and shows that the SIMT tests catch each. Run by hand.
 
-    python bench/mutants.py              # all of them, half an hour on two cores
+    python bench/mutants.py              # all of them, about 25 s each, two at a time
     python bench/mutants.py aligned      # those with this text in their line
 
 One line each: which build caught it (test_simt.py), and what it said first. Exit code 1 when one survives.
