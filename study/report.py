@@ -75,7 +75,7 @@ def effect(values, digits):
 
 def label(key):
     """A cell in words, without its search."""
-    return NAMES[key[0]]
+    return NAMES.get(key[0], key[0])
 
 
 #############################################
