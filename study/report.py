@@ -24,6 +24,10 @@ NAMES = {"dense": "dense", "imp": "IMP", "synthetic": "synthetic", "subset": "re
          "published1": "MTT's set, 1 a class", "published50": "MTT's set, 50 a class"}
 COLOURS = {"dense": "black", "imp": "#1f4e8c", "synthetic": "#e08214", "published": "#c51b7d", "subset": "#4d9221",
            "tiles": "#8c6d31", "untrained": "#17becf"}
+RIGHT_WAY = {"masked": "masked", "unmasked": "masked", "weights": "masked", "refreshed": "refreshed",
+             "interpolated": "refreshed"}
+NETWORK_NAMES = {"base": "width 32, instance norm", "batch": "width 32, batch norm",
+                 "width16": "width 16, instance norm", "width64": "width 64, instance norm"}
 
 #############################################
 #                Statistics                 #
@@ -62,6 +66,8 @@ def effect(values, digits):
     """A mean difference with its interval, and whether it is one."""
     if len(values) < 2:
         return "–"
+    if not any(round(value, digits) for value in values):
+        return "none"
     mean, half = interval(values)
     text = f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
     return text if abs(mean) > half else f"{text}, unresolved"
@@ -69,7 +75,7 @@ def effect(values, digits):
 
 def label(key):
     """A cell in words, without its search."""
-    return NAMES[key[0]]
+    return NAMES.get(key[0], key[0])
 
 
 #############################################
@@ -106,12 +112,20 @@ def error_barrier_table(rows):
     return endpoint_table(rows, "test_error_barrier", "test error barrier (%)", 2, ("imp", "dense"))
 
 
-def loss_barrier_table(rows):
-    return endpoint_table(rows, "train_loss_barrier", "training loss barrier", 3, ("imp", "dense"))
+def height_table(rows):
+    return endpoint_table(rows, "train_loss_midpoint", "height of the training loss", 4, ("imp", "dense"))
 
 
 def map_table(rows, axis):
-    """A line a cell: the effect of the `axis` (search or training) on a family, and of the family at the same place."""
+    """Stability, then accuracy: the effect of the `axis` (search or training) on a family, and of the family there."""
+    stability = [("test_error_barrier", "test error barrier (%)", 2),
+                 ("train_loss_midpoint", "height of the training loss", 4)]
+    accuracy = [("test_accuracy", "test accuracy (%)", 1)]
+    return "\n".join(axis_table(rows, axis, measures) for measures in (stability, accuracy))
+
+
+def axis_table(rows, axis, measures):
+    """A line a cell: each measure, and its differences along the `axis` and from IMP at the same place on it."""
     found = cells(rows, ("family", axis, "round"))
     lines = []
     for key, cell in found.items():
@@ -119,13 +133,13 @@ def map_table(rows, axis):
         row = next(iter(cell.values()))
         before, imp = found.get((family, "preset", number), {}), found.get(("imp", place, number), {})
         line = [label(key), place, f"{float(row['sparsity']):.1f}", f"{int(row['images_shown']):,}", len(cell)]
-        for measure, digits in (("test_error_barrier", 2), ("test_accuracy", 1)):
+        for measure, _, digits in measures:
             line.append(shown(values(cell, measure), digits))
             line.append("" if place in ("preset", "none") else effect(differences(cell, before, measure), digits))
             line.append("" if not imp or family == "imp" else effect(differences(cell, imp, measure), digits))
         lines.append(line)
     header = ["masks", axis, "sparsity (%)", "images shown", "seeds"]
-    for title in ("test error barrier (%)", "test accuracy (%)"):
+    for _, title, _ in measures:
         header += [title, f"against the preset {axis}", f"against IMP of the same {axis}"]
     return table(header, lines)
 
@@ -138,20 +152,33 @@ def training_table(rows):
     return map_table(rows, "training")
 
 
+def networks_table(rows):
+    """The map of the searches, a table a network."""
+    parts = [f"{NETWORK_NAMES[network]}:\n\n{search_table(part)}" for network, part in by_network(rows).items()]
+    return "\n".join(parts)
+
+
+def by_network(rows):
+    parts = {}
+    for row in rows:
+        parts.setdefault(row["network"], []).append(row)
+    return parts
+
+
 def ways_table(rows):
     """A line a family and way, with the difference from the right way on the same endpoints (weights: same seeds)."""
     found = cells(rows, ("family", "search", "way", "round"))
     lines = []
     for (family, search, way, number), cell in found.items():
-        right = found[family, "preset" if way == "weights" else search, "masked", number]
+        right = found[family, "preset" if way == "weights" else search, RIGHT_WAY[way], number]
         line = [NAMES[family], search, f"{float(next(iter(cell.values()))['sparsity']):.1f}", way, len(cell)]
         for measure, digits in (("train_loss_barrier", 4), ("test_loss_barrier", 4), ("test_error_barrier", 2)):
             line.append(shown(values(cell, measure), digits))
-            line.append("" if way == "masked" else effect(differences(cell, right, measure), digits))
+            line.append("" if cell is right else effect(differences(cell, right, measure), digits))
         lines.append(line)
     header = ["masks", "search", "sparsity (%)", "way", "seeds"]
     for title in ("training loss barrier", "validation loss barrier", "test error barrier (%)"):
-        header += [title, "against masked"]
+        header += [title, "against the right way"]
     return table(header, lines)
 
 
@@ -200,13 +227,14 @@ def overlap_table(rows):
 
 
 def compression_table(rows):
-    parts = accuracy_table(rows), error_barrier_table(rows)
+    parts = accuracy_table(rows), error_barrier_table(rows), height_table(rows)
     return "\n".join(parts)
 
 
 TABLES = {"accuracy": ("accuracy", accuracy_table), "error barrier": ("stable", error_barrier_table),
-          "loss barrier": ("stable", loss_barrier_table), "search": ("search", search_table),
-          "training": ("training", training_table), "ways": ("ways", ways_table),
+          "height": ("stable", height_table), "search": ("search", search_table),
+          "training": ("training", training_table), "both": ("both", search_table),
+          "networks": ("networks", networks_table), "ways": ("ways", ways_table),
           "hessian": ("hessian", hessian_table), "rise": ("rise", rise_table), "start": ("start", start_table),
           "overlap": ("overlap", overlap_table), "compression": ("compression", compression_table)}
 
@@ -252,21 +280,23 @@ def draw_bars(axes, rows, measure, title, axis="search"):
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=3)  # off the intervals
 
 
-def draw(rows, measures, path):
+def draw(panels, path):
+    """Panels side by side, each of (rows, measure, title of its axis)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(measures), 4.2), layout="constrained")
-    axis = "training" if "training" in rows[0] else "search"
-    for axes, (measure, title) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
-        draw_bars(axes, rows, measure, title, axis)
+    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    for axes, (rows, measure, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        draw_bars(axes, rows, measure, title, "training" if "training" in rows[0] else "search")
+        axes.set_xlabel(NETWORK_NAMES.get(rows[0].get("network"), ""))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
 BARRIER, ACCURACY = ("test_error_barrier", "test error barrier (%)"), ("test_accuracy", "test accuracy (%)")
 PICTURES = {"accuracy": [ACCURACY, BARRIER], "search": [BARRIER, ACCURACY],
-            "training": [BARRIER, ACCURACY], "compression": [BARRIER, ACCURACY],
-            "start": [ACCURACY], "rise": [("rise_2", "rise of the training loss at distance 2")],
+            "training": [BARRIER, ACCURACY], "both": [BARRIER, ACCURACY], "compression": [BARRIER, ACCURACY],
+            "networks": [BARRIER], "start": [ACCURACY],
+            "rise": [("rise_2", "rise of the training loss at distance 2")],
             "hessian": [("mean_abs", "mean |h| over surviving weights"), ("trace", "trace of the Hessian")]}
 
 
@@ -276,7 +306,8 @@ def draw_pictures(folder, out):
         path = folder / f"{name}.csv"
         if path.exists():
             rows = [row for row in runs.read(path) if row.get("scope", "surviving") == "surviving"]
-            draw(rows, measures, out / f"study_{name}.png")
+            parts = by_network(rows).values() if name == "networks" else [rows]
+            draw([(part, *measure) for part in parts for measure in measures], out / f"study_{name}.png")
 
 
 def main():

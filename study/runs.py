@@ -34,6 +34,7 @@ SEARCHES = {  # flags that differ from the scale's, and times as many epochs
     "preset": ("", 1), "hot": ("--lr 0.1", 1), "long": ("", 5), "short": ("", .2),
     "weights": ("--rewind-what weights", 1)}  # of ways.py
 TRAININGS = {"preset": "", "hot": "--lr .1", "long": "--epochs 24"}  # of the endpoints: what differs from the scale's
+NETWORKS = {"base": "", "batch": "--norm batch", "width16": "--width 16", "width64": "--width 64"}  # likewise
 
 
 class Scale(NamedTuple):
@@ -42,6 +43,7 @@ class Scale(NamedTuple):
     high: tuple  # the same at high sparsity, for start.py
     searches: tuple  # for search.py
     ipcs: tuple  # for compression.py
+    networks: tuple  # for networks.py
     prune: str  # flags of every search
     endpoints: str  # flags of every training on real data
     line: str  # flags of stability.py's lines,
@@ -51,14 +53,15 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "quick": Scale((0, 1), (1, 2), (3, 4), ("preset", "hot"), (2, 10),
+    "quick": Scale((0, 1), (1, 2), (3, 4), ("preset", "hot"), (2, 10), ("base", "batch"),
                    "--preset quick --dataset digits --width 8 --train-images 400 --eval-epochs 3 --epochs 2",
                    "--epochs 3 --lr .05", "--points 3 --eval-images 300", "--batch 8 --batches 2",
                    "--plane random --orders 1 --grid 9 --eval-images 100", "--outer 2 --repeats 0"),
-    "cpu": Scale((0, 1, 2, 3), (4, 9), (14,), ("preset", "hot", "long"), (1, 10, 50),
+    "cpu": Scale((0, 1, 2, 3), (4, 9), (14,), ("preset", "hot", "long"), (1, 10, 50), ("base", "batch", "width16"),
                  "--preset quick", "--epochs 8 --lr .02", "--points 5", "--batch 32 --batches 4",
                  "--plane random --orders 1 --grid 9 --eval-images 1000"),
     "paper": Scale((0, 1, 2, 3), (4, 9), (14, 20, 25), ("preset", "hot", "short"), (1, 10, 50),
+                   ("base", "batch", "width64"),
                    "--preset paper --model convnet3", "--epochs 300 --lr .01", "--points 11", "--batch 64 --batches 4",
                    "--plane three --orders 4 --grid 100", "--method idc --repeats 0"),
 }
@@ -139,6 +142,11 @@ def families(study, *names):
     return [name for name in names if study.published or not name.startswith("published")]
 
 
+def synthetic(study):
+    """The family of the published set, or where there is none of the embedded one."""
+    return "published" if study.published else "synthetic"
+
+
 def data_flags(study, family):
     """What the search of a family trains on."""
     kind, ipc = re.fullmatch(r"([a-z]+)(\d*)", family).groups()
@@ -177,6 +185,14 @@ def tickets(study, cells, rounds=None):
     return files
 
 
+def with_network(study, network):
+    """The study of another network, in a folder of its own."""
+    if network == "base":
+        return study
+    scale = study.scale._replace(prune=f"{study.scale.prune} {NETWORKS[network]}", rounds=study.scale.rounds[:1])
+    return study._replace(scale=scale, work=study.work / network)
+
+
 def endpoint_flags(study, training="preset"):
     return [*study.scale.endpoints.split(), *TRAININGS[training].split(), "--data-dir", study.data_dir]
 
@@ -202,6 +218,7 @@ def line_row(row):
     return about(row) | {"test_accuracy": percent(row["test_accuracy"]),
                          "test_error_barrier": percent(row["barrier_test_error"]),
                          "train_loss_barrier": number(row["barrier_train_loss"]),
+                         "train_loss_midpoint": number(row["midpoint_barrier_train_loss"]),
                          "test_loss_barrier": number(row["barrier_test_loss"])}
 
 

@@ -15,9 +15,9 @@ import ways  # noqa: E402
 from common.training import Recipe  # noqa: E402
 
 TABLES = {"accuracy": ["accuracy"], "stable": ["stable"], "search": ["search"], "training": ["training"],
-          "flatness": ["hessian", "rise"], "start": ["start"], "overlap": ["overlap"], "compression": ["compression"],
-          "ways": ["ways"]}
-KEYS = "family", "search", "training", "way", "other_family", "other_search", "round", "scope", "layer"
+          "both": ["both"], "networks": ["networks"], "flatness": ["hessian", "rise"], "start": ["start"],
+          "overlap": ["overlap"], "compression": ["compression"], "ways": ["ways"]}
+KEYS = "family", "search", "training", "network", "way", "other_family", "other_search", "round", "scope", "layer"
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,7 @@ def test_an_effect_is_paired_by_seed_and_unresolved_when_its_interval_holds_0():
     assert report.differences(one, other, "x") == [1, 2]
     assert report.effect([1., 1.1, .9, 1.], 1) == "+1.0 [+0.9, +1.1]"
     assert report.effect([1., -1.1, .9, 1.], 1).endswith("unresolved")
+    assert report.effect([0., 0., .04, 0.], 1) == "none"
 
 
 def test_the_page_is_drawn_from_the_committed_tables():
