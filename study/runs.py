@@ -53,7 +53,7 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "quick": Scale((0, 1), (1, 2), (3, 4), ("preset", "hot"), (2, 10), ("base", "batch"),
+    "quick": Scale((0, 1), (1, 2), (3, 4), ("preset", "hot"), (2, 10), ("batch",),
                    "--preset quick --dataset digits --width 8 --train-images 400 --eval-epochs 3 --epochs 2",
                    "--epochs 3 --lr .05", "--points 3 --eval-images 300", "--batch 8 --batches 2",
                    "--plane random --orders 1 --grid 9 --eval-images 100", "--outer 2 --repeats 0"),
