@@ -265,7 +265,8 @@ class Activated(nn.Sequential):
 def test_an_endpoint_of_another_network_with_the_same_weights_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(endpoints, "build_network", lambda config: Activated(getattr(nn, config["model"])()))
     state = Activated(nn.ReLU()).state_dict()
-    ticket = tickets.make_ticket(0, {"1.weight": torch.ones(10, 64, dtype=torch.bool)}, state, CONFIG | {"model": "ReLU"}, {})
+    mask = {"1.weight": torch.ones(10, 64, dtype=torch.bool)}
+    ticket = tickets.make_ticket(0, mask, state, CONFIG | {"model": "ReLU"}, {})
     endpoints.endpoint(tmp_path, "r0", ticket, noise_split(20), 0)
     ticket["config"]["model"] = "Tanh"
     with pytest.raises(UserError, match="an endpoint of model ReLU, not Tanh"):
