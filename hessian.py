@@ -348,6 +348,7 @@ def earlier_result(file, settings):
     if not ranks.broadcast(file.exists()):
         return None
     earlier = files.load_format(file, FORMAT, "in a result's place, but is none; choose another --out")
+    earlier["settings"] = {"model": earlier["config"]["model"]} | earlier["settings"]  # of earlier versions
     if files.difference(earlier["settings"], settings, ignored=("sparse", "compile")):
         return None
     return earlier | {"settings": settings}
@@ -424,10 +425,9 @@ def over_batches(figures):
 
 
 def named(results):
-    """Results {path: result} with their "family": what differs between them, the seed apart, is in its name."""
-    names = tickets.family_names([result["config"] for result in results.values()])
-    return {path: result | {"family": name if result["sparsity"] else "dense"}
-            for (path, result), name in zip(results.items(), names)}
+    """Results {path: result} with their "family": what differs between them, the seed too, is in its name."""
+    names = tickets.names_of(list(results.values()))
+    return {path: result | {"family": name} for (path, result), name in zip(results.items(), names)}
 
 
 def paper_figures(result):
@@ -436,7 +436,8 @@ def paper_figures(result):
     same = (config["model"], config["dataset"], config.get("norm") or "instance", config.get("width") or 128,
             config.get("train_images")) == ("convnet3", "cifar10", "instance", 128, None)
     level = min((0, 60, 90), key=lambda level: abs(level - percent))
-    return PAPER.get((result["family"].split(",")[0], level)) if same and abs(level - percent) < 2 else None
+    kind = result["family"].partition(",")[0].partition(" (")[0]
+    return PAPER.get((kind, level)) if same and abs(level - percent) < 2 else None
 
 
 def print_table(results):
@@ -608,7 +609,7 @@ def settings_of(endpoints, path):
     """All that a result depends on; a result with equal settings is not computed again."""
     args, ticket = endpoints.args, endpoints.ticket_at[path]
     return {"mask_sha": tickets.fingerprint(ticket), "images": len(endpoints.split), "seed": endpoints.seed(path),
-            "batch_seed": args.seed or 0, "data_fingerprint": ticket["config"].get("data_fingerprint"),
+            "batch_seed": args.seed or 0, **{key: ticket["config"].get(key) for key in ("model", "data_fingerprint")},
             **endpoints.recipe(path)._asdict(),
             **{key: getattr(args, key) for key in ("batch", "batches", "method", "weights", "probes", "dtype")}}
 

@@ -226,6 +226,7 @@ def earlier_scores(path, settings, overwrite):
     earlier = json.loads(str(surface["settings"]))
     skipping = "auto", "on", "off"  # in recipes of earlier versions: how zeros were skipped, no more than rounding
     earlier["masks"] = [[value for value in recipe if value not in skipping] for recipe in earlier["masks"]]
+    earlier.setdefault("model", settings["model"])  # earlier versions did not say
     different = files.difference(earlier, settings)
     if different and not overwrite:
         raise UserError(f"{path} is a surface of other {different}; --overwrite replaces it, or choose another --out")
@@ -359,8 +360,8 @@ def settings_of(endpoints):
         config = ticket["config"]
         masks.append([tickets.fingerprint(ticket), config["seed"], *endpoints.recipe(path)])
     flags = ("plane", "orders", "grid", "on", "eval_images", "bn", "extrapolate", "seed")
-    data = {key: config.get(key) for key in ("num_classes", "data_fingerprint")}
-    return {key: getattr(args, key) for key in flags} | data | {"masks": masks}
+    shared = {key: config.get(key) for key in ("model", "num_classes", "data_fingerprint")}
+    return {key: getattr(args, key) for key in flags} | shared | {"masks": masks}
 
 
 def distilled_split(chosen, train):

@@ -104,7 +104,7 @@ def measure(endpoints, path, test, settings):
     if file.exists() and read_result(file)["settings"] == settings:
         return
     pairs = lines(model, states, ticket["masks"], groups, train, test, settings)
-    files.save(file, about(path, ticket) | dict(format=FORMAT, settings=settings, config=ticket["config"], pairs=pairs))
+    files.save(file, about(path, ticket) | dict(format=FORMAT, settings=settings, pairs=pairs))
 
 
 def lines(model, states, mask, groups, train, test, settings):
@@ -143,7 +143,7 @@ def settings_of(endpoints, path):
 
 def about(path, ticket):
     """What tables and legends say about a result."""
-    return {"mask": str(path), "round": ticket["round"], "sparsity": ticket["sparsity"]}
+    return {"mask": str(path)} | {key: ticket[key] for key in ("round", "sparsity", "config")}
 
 
 #############################################
@@ -197,10 +197,12 @@ def mean_of_ends(results, curve):
 
 
 def grouped(results):
-    """{(family, percent sparse): results} in order; tickets of several seeds fall together."""
+    """{(family, percent sparse): results} in order; tickets of several seeds fall together, and a copy counts once."""
     groups = defaultdict(list)
     for result in sorted(results, key=lambda result: (result["family"], result["sparsity"])):
-        groups[result["family"], round(100 * result["sparsity"], 1)].append(result)
+        group = groups[result["family"], round(100 * result["sparsity"], 1)]
+        if all(other["settings"] != result["settings"] for other in group):
+            group.append(result)
     return groups
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import curves, interrupts, ranks
-from .errors import UserError, first_line, plain
+from .errors import UserError, first_line, is_of_memory, plain
 from .kernels import ops, views
 
 #############################################
@@ -55,10 +55,8 @@ def run(main):
     except OSError as error:  # a full disk behind stdout, too many open files
         close_stdout()
         fail(error)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        fail(f"not enough memory: {error}; take a smaller network, batch or image")
-    except RuntimeError as error:
-        if "enough memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_of_memory(error):
             raise
         fail(f"not enough memory ({first_line(error)}); take a smaller network, batch or image")
     except interrupts.Stopped as stopped:

@@ -57,8 +57,8 @@ def endpoint(folder, name, ticket, split, order, recipe=None, seed=None, shared=
     last, ending = (shared, f"_epoch{shared}.pt") if order is None else (recipe.epochs, f"_order{order}.pt")
     path = Path(folder, f"{name}{ending}")
     identity = {"format": ENDPOINT_FORMAT, "mask_sha": fingerprint(ticket), "order": order, "seed": seed,
-                "shared": shared, "images": len(split), "data_fingerprint": ticket["config"].get("data_fingerprint"),
-                **recipe._asdict()}
+                "shared": shared, "images": len(split), **recipe._asdict(),
+                **{key: ticket["config"].get(key) for key in ("model", "data_fingerprint")}}
     with files.locked(path.with_name(f".{path.name}.lock"), wait=True):
         kept = kept_endpoint(path, identity, split.labels.device, overwrite)
         if kept and kept["epochs_done"] == last:
@@ -77,6 +77,7 @@ def kept_endpoint(path, identity, device, overwrite):
         return None
     complaint = "in an endpoint's place, but is none; choose another folder"
     kept = files.load_format(path, ENDPOINT_FORMAT, complaint, device)
+    kept = {"model": kept["config"]["model"]} | kept  # in files of earlier versions only there
     different = files.difference({key: kept.get(key) for key in identity}, identity)
     if not different:
         return kept

@@ -1,6 +1,8 @@
 """What is said to users: errors they can mend, and surprises."""
 import sys
 
+import torch
+
 
 class UserError(Exception):
     """A mistake the user can mend: one clear line on stderr, exit code 2."""
@@ -16,6 +18,13 @@ def first_line(error):
     """The beginning of what an exception says."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:120]
+
+
+def is_of_memory(error):
+    """Whether an exception says that there is not enough memory, on a GPU or beside it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("enough memory", "can't allocate memory"))
 
 
 def note(*texts):

@@ -10,7 +10,7 @@ from torch import nn
 from .errors import UserError
 from .kernels import points, views
 from .masks import apply_mask, surviving
-from .networks import logits_of
+from .networks import logits_at, named_failures
 
 
 class Score(NamedTuple):
@@ -27,7 +27,7 @@ def evaluate(model, split, batch_size=500):
     total = torch.zeros(3, dtype=torch.float64, device=split.labels.device)
     for start in range(0, len(split), batch_size):
         images, labels = split.batch(slice(start, start + batch_size))
-        logits = logits_of(network(images))
+        logits = logits_at(model, images, network)
         losses = F.cross_entropy(logits, labels, reduction="none").double()
         total += torch.stack([losses.sum(), losses.square().sum(), (logits.argmax(1) == labels).sum().double()])
     return score(*total.tolist(), len(split))
@@ -66,7 +66,9 @@ def refresh_batchnorm(model, split, batch_size=500):
             m.momentum = None  # cumulative average
             m.train()
         for start in range(0, len(split) if norms else 0, batch_size):
-            model(split.batch(slice(start, start + batch_size))[0])
+            images, _ = split.batch(slice(start, start + batch_size))
+            with named_failures(images):
+                model(images)
     finally:
         for m, momentum in zip(norms, kept):
             m.momentum = momentum

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import UserError, first_line, listed, note
+from .errors import UserError, first_line, is_of_memory, listed, note
 from .files import check_memory
 from .streams import global_generators_kept, seed_everything
 
@@ -352,6 +352,37 @@ def logits_of(output):
 
 
 @contextlib.contextmanager
+def named_failures(images):
+    """Raises UserError for what the code of a user's network raises inside, at `images` like these.
+
+    What a GPU or the memory refuses is no fault of that code, and passes.
+    """
+    try:
+        yield
+    except (UserError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # a user's code may raise anything
+        if is_of_memory(error):
+            raise
+        shape = " x ".join(map(str, images.shape))
+        raise UserError(f"the network fails on images of {shape}: {type(error).__name__}: "
+                        f"{first_line(error)}") from error
+
+
+def logits_at(model, images, view=None):
+    """The logits [N, classes] of a network at images [N, C, H, W], by its `view` where it has one.
+
+    Raises UserError for what the network of a user does there instead; a failure of ours is not taken for one.
+    """
+    if type(model) in (ConvNet3, ResNet) or view not in (None, model):
+        return (view or model)(images)
+    with named_failures(images):
+        logits = logits_of(model(images))
+    check_shape(logits, len(images))
+    return logits
+
+
+@contextlib.contextmanager
 def left_alone(model):
     """Whatever a forward inside does to parameters, buffers, modes and generators, they are as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
@@ -389,7 +420,7 @@ def check_network(model, images, labels, num_classes):
     hooks = [module.register_forward_pre_hook(refuse_single_values) for module in model.modules()
              if isinstance(module, (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))]
     try:
-        with left_alone(model):
+        with named_failures(images), left_alone(model):
             before = hidden_state(model.train())
             logits = logits_of(model(images.clone()))
             check_logits(logits, len(images), num_classes)
@@ -399,12 +430,6 @@ def check_network(model, images, labels, num_classes):
             name_surprises(model, before, [name for name, g in zip(weights, found) if g is None])
             with torch.no_grad():
                 check_logits(logits_of(model.eval()(images.clone())), len(images), num_classes)
-    except UserError:
-        raise
-    except Exception as error:  # a user's code may raise anything
-        shape = " x ".join(map(str, images.shape))
-        raise UserError(f"the network cannot be trained on images of {shape}: {type(error).__name__}: "
-                        f"{first_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -449,13 +474,18 @@ def check_memory_apart(model):
 
 
 def check_logits(logits, count, num_classes):
-    """Raises UserError unless `logits` is [count, num_classes]; without num_classes, [count, any number]."""
-    if logits.ndim != 2 or len(logits) != count or num_classes not in (None, logits.shape[1]):
-        shape = " x ".join(map(str, logits.shape))
-        raise UserError(f"the network returns {shape} for {count} images, wanted {count} x "
-                        f"{num_classes or 'classes'}: logits of the dataset's classes")
+    """Raises UserError unless `logits` is as check_shape says, and finite."""
+    check_shape(logits, count, num_classes)
     if not logits.isfinite().all():
         raise UserError("the network returns NaN or infinity before any training")
+
+
+def check_shape(logits, count, num_classes=None):
+    """Raises UserError unless `logits` is [count, num_classes]; without num_classes, [count, any number]."""
+    if logits.ndim != 2 or len(logits) != count or num_classes not in (None, logits.shape[1]):
+        shape = " x ".join(map(str, logits.shape)) or "one number"
+        raise UserError(f"the network returns {shape} for {count} images, wanted {count} x "
+                        f"{num_classes or 'classes'}: logits of the dataset's classes")
 
 
 def refuse_single_values(module, inputs):

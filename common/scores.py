@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import UserError
 from .masks import apply_mask
-from .networks import NORMS, logits_of
+from .networks import NORMS, logits_at
 
 
 def magnitude(model, mask, split):
@@ -51,7 +51,7 @@ def synflow(model, mask, split):
             parameter.abs_()
     weights = {name: model.get_parameter(name) for name in mask}
     ones = torch.ones(1, *split.images.shape[1:], dtype=torch.float64, device=split.images.device)
-    flow = torch.autograd.grad(logits_of(model(ones)).sum(), list(weights.values()), materialize_grads=True)
+    flow = torch.autograd.grad(logits_at(model, ones).sum(), list(weights.values()), materialize_grads=True)
     return {name: (weight * g).detach() for (name, weight), g in zip(weights.items(), flow)}
 
 
@@ -80,7 +80,7 @@ def gradients(model, weights, split, times=None):
     for start in range(0, len(split), 250):
         images, labels = split.batch(slice(start, start + 250))
         with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-            loss = F.cross_entropy(logits_of(model(images)), labels, reduction="sum") / len(split)
+            loss = F.cross_entropy(logits_at(model, images), labels, reduction="sum") / len(split)
         parts = torch.autograd.grad(loss, params, create_graph=times is not None, materialize_grads=True)
         if times is not None:
             product = sum((part * times[name]).sum() for name, part in zip(weights, parts))

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import ranks
 from .bars import along
 from .errors import UserError
+from .networks import named_failures
 from .streams import random_stream
 
 #############################################
@@ -35,7 +36,7 @@ class Hessian:
         self.parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}  # frozen ones too
         self.sizes = [p.numel() for p in self.parameters.values()]
         self.n, self.own = len(labels), ranks.own_part()
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        with named_failures(images), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
             self.logits = functional_call(model, self.parameters, (images[self.own],))
         loss = F.cross_entropy(self.logits, labels[self.own], reduction="sum") / self.n
         self.gradients = self.grad(loss, create_graph=True)

@@ -19,7 +19,8 @@ ENDPOINT_FORMAT = "lottery-endpoint-1"
 SCORE_NAMES = {"magnitude": "magnitude at initialisation", "snip": "SNIP", "grasp": "GraSP", "synflow": "SynFlow"}
 MAY_CHANGE = {"rounds", "sparse", "compile"}  # in a run that goes on: more rounds; the last two are of old configs
 # What a run goes on with, how its subnetworks are evaluated, how it is computed: not how its masks were found.
-SAME_FAMILY = {"seed", "rounds", "sparse", "eval_epochs", "eval_lr", "eval_batch_size", "amp", "compile", "data_dir"}
+SAME_SEARCH = {"rounds", "sparse", "compile", "data_dir"}
+SAME_FAMILY = SAME_SEARCH | {"seed", "eval_epochs", "eval_lr", "eval_batch_size"}
 
 #############################################
 #              Making, reading              #
@@ -267,26 +268,26 @@ def family(config):
     return ", ".join(parts)
 
 
-def family_names(configs):
+def family_names(configs, same=SAME_FAMILY):
     """The family of every config, told apart from others of its kind by all settings in which they differ.
 
-    Runs that differ in the seed alone are one family.
+    Those in `same` make no difference: runs that differ in the seed alone are one family.
     """
     kinds_of = [family(config) for config in configs]
     names = []
     for kind, config in zip(kinds_of, configs):
         alike = [other for other, its_kind in zip(configs, kinds_of) if its_kind == kind]
-        marks = [mark(key, config.get(key)) for key in differing_keys(alike)]
+        marks = [mark(key, config.get(key)) for key in differing_keys(alike, same)]
         names.append(", ".join([kind, *marks]))
     return names
 
 
-def differing_keys(configs):
-    """The settings in which configs differ, without those that make no other family.
+def differing_keys(configs, same):
+    """The settings in which configs differ, without those in `same`.
 
     What a file held counts, not where it lay; what a run did not read makes no difference.
     """
-    keys = list(dict.fromkeys(key for config in configs for key in config if key not in SAME_FAMILY))
+    keys = list(dict.fromkeys(key for config in configs for key in config if key not in same))
     values = {key: {repr(config.get(key)) for config in configs} for key in keys}
     for path, sha in FILES_READ.items():
         if sha in values and "None" not in values[sha]:
@@ -314,11 +315,18 @@ def mark(key, value):
     return f"{key.replace('_', ' ')} {value}"
 
 
+def names_of(tickets):
+    """A name for every ticket where none are averaged: its family, and the seed and evaluation where these differ."""
+    names = family_names([ticket["config"] for ticket in tickets], SAME_SEARCH)
+    dense = {name for name, ticket in zip(names, tickets) if not ticket["sparsity"]}
+    of_dense = "dense ({})" if len(dense) > 1 else "dense"
+    return [name if ticket["sparsity"] else of_dense.format(name) for name, ticket in zip(names, tickets)]
+
+
 def labels(tickets):
-    """Family and sparsity of every ticket."""
-    names = family_names([ticket["config"] for ticket in tickets])
-    return [f"{name}, {100 * ticket['sparsity']:.3g}% sparse" if ticket["sparsity"] else "dense"
-            for name, ticket in zip(names, tickets)]
+    """Name and sparsity of every ticket."""
+    return [f"{name}, {100 * ticket['sparsity']:.3g}% sparse" if ticket["sparsity"] else name
+            for name, ticket in zip(names_of(tickets), tickets)]
 
 
 #############################################
@@ -411,8 +419,10 @@ def check_flags(args, config):
     """Raises UserError for a flag that describes another network or dataset than the masks' `config` does."""
     for key in ("model", "width", "norm", "image_size"):
         given, own = getattr(args, key), config.get(key)
+        if given in (None, own):
+            continue
         usual = own is None and shapes_of(config) == shapes_of(config | {key: given})
-        if given not in (None, own) and not usual:
+        if not usual:
             raise UserError(f"--{key.replace('_', '-')} {given}: the masks name their network, of {key} "
                             f"{own or 'as usual'}; leave the flag out")
     same_name = args.dataset and data.dataset_name(args.dataset) == data.dataset_name(config["dataset"])
@@ -421,5 +431,6 @@ def check_flags(args, config):
 
 
 def shapes_of(config):
-    with torch.device("meta"):
+    """{name: type and shape in words} of the state of the network that `config` describes."""
+    with torch.device("cpu" if ":" in config["model"] else "meta"):
         return kinds(build_network(config).state_dict())

@@ -16,7 +16,7 @@ from .errors import UserError
 from .interrupts import Stopped, deferred
 from .kernels import ops, views
 from .masks import apply_mask
-from .networks import blocks_of, logits_of
+from .networks import blocks_of, logits_at
 from .streams import global_generators_kept, seed_from
 
 #############################################
@@ -174,7 +174,7 @@ def make_step(model, split, mask, momenta, recipe):
     def step(draws):
         batch = augmented(split, draws)
         with torch.autocast(batch.images.device.type, torch.bfloat16) if recipe.amp else contextlib.nullcontext():
-            logits = logits_of(network(batch.images))
+            logits = logits_at(model, batch.images, network)
         loss = loss_of(logits, batch)
         grads = [zeros[:p.numel()].view(p.shape).to(p.dtype) if grad is None else grad  # a bias before a norm has none
                  for p, grad in zip(params, torch.autograd.grad(loss, params, allow_unused=True))]

@@ -8,8 +8,12 @@ from samples import config
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from common.data import Split
 from common.errors import UserError
-from common.networks import build_network, check_network, prunable
+from common.evaluation import evaluate
+from common.networks import build_network, check_network, logits_at, prunable
+from common.streams import random_stream
+from common.training import Recipe, train
 
 
 @pytest.mark.parametrize("model, size, parameters, weights", [
@@ -123,6 +127,49 @@ def test_what_cannot_be_pruned_or_trained_is_one_line(make, message):
     assert "\n" not in str(raised.value)
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in before.items())
+
+
+class Refusing(Outputs):
+    """Raises `error` where `when` says so of the network and its images."""
+
+    def __init__(self, when, error):
+        super().__init__(plain_output)
+        self.when, self.error = when, error
+
+    def forward(self, x):
+        if self.when(self, x):
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("when, shape", [
+    (lambda model, x: model.training and len(x) == 6, "6 x 1 x 8 x 8"),  # the last batch
+    (lambda model, x: not model.training and len(x) == 22, "22 x 1 x 8 x 8"),
+    (lambda model, x: not torch.is_grad_enabled() and len(x) > 2, "22 x 1 x 8 x 8")])
+def test_what_fails_only_later_is_one_line_too(when, shape):
+    def both(error):
+        model = Refusing(when, error)
+        check_network(model, *split.batch(slice(0, 2)), 10)
+        train(model, split, Recipe(1, batch_size=16), random_stream(0))
+        evaluate(model, split)
+
+    split = Split(torch.randn(22, 1, 8, 8), torch.arange(22) % 10)
+    with pytest.raises(UserError, match=f"the network fails on images of {shape}: ValueError: first$"):
+        both(ValueError("first\nsecond"))
+    with pytest.raises(MemoryError):
+        both(MemoryError())
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        both(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+
+
+def test_logits_of_fewer_images_are_refused_and_our_own_failures_are_not_taken_for_the_networks():
+    images, model = torch.randn(6, 1, 8, 8), Outputs(lambda y, x: y[:-1])
+    with pytest.raises(UserError, match="returns 5 x 10 for 6 images, wanted 6 x classes"):
+        logits_at(model, images)
+    with pytest.raises(IndexError):
+        logits_at(model, images, view=lambda images: images[99])
+    with pytest.raises(RuntimeError):
+        logits_at(build_network(config(width=4)), images)
 
 
 def test_a_trial_leaves_statistics_and_generators_as_they_were():

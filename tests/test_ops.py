@@ -2,7 +2,9 @@
 
 On a machine with a GPU and the CUDA half built the same tests run there too: pytest -m cuda.
 """
+import contextlib
 import copy
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -597,6 +599,28 @@ def test_copied_alone_it_falls_back(bare_checkout):
     value, lines = fallback_reason(bare_checkout)
     assert value == "False"
     assert lines == ["csrc: not compiled, PyTorch fallback: no csrc/ beside common/, and no extension installed"]
+
+
+def test_an_extension_that_cannot_be_loaded_is_built_again(monkeypatch, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location(build.NAME, tmp_path / "lottery_csrc.so")
+    (tmp_path / "lottery_csrc.so").write_text(f"lottery-sources:{build.sources_hash()}, for another torch")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert build.prebuilt() is None
+    assert "lottery_csrc.so cannot be loaded" in capsys.readouterr().err
+
+
+def test_what_a_killed_build_left_is_removed(monkeypatch, tmp_path):
+    @contextlib.contextmanager
+    def killed(folder):
+        folder.mkdir()
+        (folder / f"{build.NAME}.so").write_text("half of it")
+        yield
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "one_build_at_a_time", killed)
+    with pytest.raises(ImportError):
+        build.build()
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_a_failing_compiler_means_the_fallback(bare_checkout):

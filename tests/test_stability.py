@@ -247,6 +247,32 @@ def test_families_with_the_same_ticket_measure_it_once(mask_file, tmp_path, monk
     assert [path.parent.name for path in (tmp_path / "out").rglob("*.json")] == ["masks"]
 
 
+def test_a_ticket_that_is_there_twice_counts_once_and_keeps_its_family(mask_file, tmp_path, monkeypatch, capsys):
+    for name, changes in ("copy", {}), ("twin", {"scope": "layer"}):
+        files.save(tmp_path / name / "r3.pt", make_ticket(**changes))
+    masks = [mask_file, tmp_path / "copy" / "r3.pt", tmp_path / "twin" / "r3.pt"]
+    run(monkeypatch, "--mask", *masks, "--points", 3, "--eval-images", 50, "--out", tmp_path / "out")
+    spread = capsys.readouterr().out.partition("family  ")[2].splitlines()[1:3]
+    assert [line.split("%")[1].split()[0] for line in spread] == ["1", "1"]  # pairs
+    assert "scope None" in spread[0] and "scope layer" in spread[1]
+
+
+class Activated(nn.Sequential):
+    def __init__(self, activation):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10), activation)
+
+
+def test_an_endpoint_of_another_network_with_the_same_weights_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoints, "build_network", lambda config: Activated(getattr(nn, config["model"])()))
+    state = Activated(nn.ReLU()).state_dict()
+    mask = {"1.weight": torch.ones(10, 64, dtype=torch.bool)}
+    ticket = tickets.make_ticket(0, mask, state, CONFIG | {"model": "ReLU"}, {})
+    endpoints.endpoint(tmp_path, "r0", ticket, noise_split(20), 0)
+    ticket["config"]["model"] = "Tanh"
+    with pytest.raises(UserError, match="an endpoint of model ReLU, not Tanh"):
+        endpoints.endpoint(tmp_path, "r0", ticket, noise_split(20), 0)
+
+
 def test_end_points_of_another_mask_are_refused_or_overwritten(mask_file, tmp_path, monkeypatch):
     command = ("--mask", mask_file, "--points", 3, "--out", tmp_path / "out")
     run(monkeypatch, *command)
@@ -294,7 +320,8 @@ def save_result(path, data, sparsity, accuracy, losses):
     config = CONFIG | {"data": data}
     pair = {"orders": "0-1", "train_loss": losses, "test_loss": losses, "test_accuracy": [accuracy] * 3,
             "train_error": [0.] * 3, "test_error": [1 - accuracy] * 3}
-    settings = dict(model="convnet3", dataset="digits", images=5000, epochs=2, from_epoch=0, bn="lerp", align=False)
+    settings = dict(model="convnet3", dataset="digits", images=5000, epochs=2, from_epoch=0, bn="lerp", align=False,
+                    mask_sha=path.name)
     files.save(path, {"format": stability.FORMAT, "mask": path.name, "family": tickets.family(config), "round": 4,
                       "sparsity": sparsity, "settings": settings, "config": config,
                       "pairs": [pair | stability.barriers(pair)]})

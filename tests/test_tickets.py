@@ -144,6 +144,24 @@ def test_flags_of_another_network_than_the_masks_are_refused(given):
     tickets.check_flags(arguments(width=128), CONFIG | {"width": None})  # the usual one
 
 
+def test_a_network_of_the_users_own_may_be_named_beside_its_masks(tmp_path, monkeypatch):
+    (tmp_path / "own_of_masks.py").write_text("from torch import nn\n\ndef net(num_classes):\n"
+                                              "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n")
+    monkeypatch.chdir(tmp_path)
+    config = CONFIG | {"model": "own_of_masks:net", "width": None, "norm": None}
+    tickets.check_flags(arguments(model="own_of_masks:net"), config)
+    with pytest.raises(UserError, match="--image-size 9: .* leave the flag out"):
+        tickets.check_flags(arguments(image_size=9), config)
+
+
+def test_what_is_not_averaged_has_a_name_of_its_own():
+    changes = {}, {"eval_epochs": 9}, {"seed": 5}, {"lr": .5}, {"scope": "layer"}, {"keep": ["conv1*"]}, {"reinit": 3}
+    for sparsity in (.2, 0.):
+        held = [{"config": CONFIG | {"data": "real"} | change, "sparsity": sparsity} for change in changes]
+        assert len(set(tickets.labels(held))) == len(changes)
+    assert tickets.labels(held[:1]) == ["dense"]
+
+
 def test_pictures_are_read_in_the_size_that_the_masks_hold(tmp_path):
     pictures = [Image.new("RGB", (9 + i, 8), (60 * i, 9, 9)) for i in range(4)]
     write_pictures(tmp_path / "pictures", pictures, [0, 0, 1, 1])

@@ -72,7 +72,7 @@ def has_kernels(device_type):
 
 
 def prebuilt():
-    """The extension that setup.py built, here or installed, if it was built from these sources; else None."""
+    """The extension that setup.py built, here or installed, if it is of these sources and this torch; else None."""
     spec = importlib.util.find_spec(NAME)
     if spec is None:
         return None
@@ -80,7 +80,11 @@ def prebuilt():
         print(f"csrc: {spec.origin} was built from other sources (python setup.py build_ext --inplace)",
               file=sys.stderr)
         return None
-    return imported(spec)
+    try:
+        return imported(spec)
+    except ImportError as error:  # of another torch, or damaged
+        print(f"csrc: {spec.origin} cannot be loaded ({reason_of(error)})", file=sys.stderr)
+        return None
 
 
 def imported(spec):
@@ -134,7 +138,11 @@ def build():
             cpp_extension.load(NAME, [str(CSRC.parent / file) for file in sources(cuda)],
                                extra_cflags=cpu_flags(), extra_ldflags=THREADS,
                                extra_cuda_cflags=CUDA_FLAGS, build_directory=str(folder), is_python_module=False)
-    return imported(importlib.util.spec_from_file_location(NAME, library))
+    try:
+        return imported(importlib.util.spec_from_file_location(NAME, library))
+    except ImportError:  # left behind by a build that was killed: the next command builds again
+        library.unlink()
+        raise
 
 
 def cache_folder():
