@@ -351,6 +351,9 @@ def logits_of(output):
                     "tuple that begins with one, or a dict with `logits`")
 
 
+GPU_ERROR = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)  # torch before 2.8 has no name for the others
+
+
 @contextlib.contextmanager
 def named_failures(images):
     """Raises UserError for what the code of a user's network raises inside, at `images` like these.
@@ -359,7 +362,7 @@ def named_failures(images):
     """
     try:
         yield
-    except (UserError, torch.AcceleratorError):
+    except (UserError, GPU_ERROR):
         raise
     except Exception as error:  # a user's code may raise anything
         if is_of_memory(error):
