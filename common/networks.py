@@ -306,25 +306,31 @@ def prunable(model, keep=()):
     return {name: weight for name, weight in weights.items() if name not in kept}
 
 
-def role_of(name, parameter, model, keep):
-    """What a parameter is: prunable, or why it is not."""
-    if name in prunable(model):
-        return "prunable" if name in prunable(model, keep) else "kept dense"
-    if not parameter.requires_grad:
-        return "frozen"
-    if any(parameter is own for module in model.modules() if isinstance(module, NORMS) for own in module.parameters()):
-        return "norm"
-    return "bias" if "bias" in name.rpartition(".")[2] else "not of a convolution or linear layer"
+def roles(model, keep=()):
+    """{name of every parameter: "prunable", or why it is not}."""
+    of_norms = {id(p) for module in model.modules() if isinstance(module, NORMS) for p in module.parameters()}
+    weights, pruned = prunable(model), prunable(model, keep)
+
+    def role_of(name, parameter):
+        if name in weights:
+            return "prunable" if name in pruned else "kept dense"
+        if not parameter.requires_grad:
+            return "frozen"
+        if id(parameter) in of_norms:
+            return "norm"
+        return "bias" if "bias" in name.rpartition(".")[2] else "not of a convolution or linear layer"
+
+    return {name: role_of(name, parameter) for name, parameter in model.named_parameters()}
 
 
 def print_parameters(model, keep):
     """The table of all parameters: which of them are prunable, and why the others are not."""
-    parameters = dict(model.named_parameters())
+    role_of, parameters = roles(model, keep), dict(model.named_parameters())
     width = max(map(len, parameters))
     print(f"{'parameter':<{width}} {'shape':<18} {'number':>11}")
     for name, parameter in parameters.items():
         shape = " x ".join(map(str, parameter.shape))
-        print(f"{name:<{width}} {shape:<18} {parameter.numel():>11,}  {role_of(name, parameter, model, keep)}")
+        print(f"{name:<{width}} {shape:<18} {parameter.numel():>11,}  {role_of[name]}")
     total = sum(parameter.numel() for parameter in parameters.values())
     weights = sum(weight.numel() for weight in prunable(model, keep).values())
     print(f"prunable: {weights:,} of {total:,} parameters, {weights / total:.1%}")
