@@ -92,7 +92,7 @@ def select(real, members, config):
     et al. 2024), and herding takes from that half.
     """
     count = config["ipc"] * config["factor"] ** 2
-    network = draw_network(config, config["seed"], real.images.device)
+    network = build_network(config, config["seed"]).to(real.images.device)
     train_network(network, real, config, random_stream(config["seed"], "select"))
     embed, classify = embedding_and_classifier(network)
     images = torch.zeros(len(members), config["ipc"], *real.images.shape[1:], device=real.images.device)
@@ -124,11 +124,6 @@ def herd(embeddings, count):
 #############################################
 #                 Networks                  #
 #############################################
-
-
-def draw_network(config, seed, device):
-    """A network at initialisation."""
-    return build_network(config, seed).to(device)
 
 
 def embedding_and_classifier(network):
@@ -249,7 +244,7 @@ def begin(real, members, config, saved=None):
         run.optimizer.load_state_dict(saved["optimizer"])
         run.losses, run.minutes, run.momenta = saved["losses"], saved["minutes"], saved["momenta"]
         if saved["network"]:
-            run.network = draw_network(config, 0, images.device)
+            run.network = build_network(config, 0).to(images.device)
             run.network.load_state_dict(saved["network"])
     return run
 
@@ -260,7 +255,7 @@ def iterate(run, real, members, config):
     stream = random_stream(config["seed"], "iteration", number)
     if number % config["inner"] == 0:
         seed = config["seed"] * 1_000_003 + number // config["inner"]
-        run.network = draw_network(config, seed, run.images.device)
+        run.network = build_network(config, seed).to(run.images.device)
         run.momenta = None
         if config["pretrain"]:
             run.momenta = train_network(run.network, real, config, stream, config["pretrain"])
@@ -377,7 +372,7 @@ def accuracies_on(distilled, test, config, recipe, repeats):
     """Test accuracies of `repeats` networks trained from scratch on a distilled split: the measure of such a set."""
     accuracies = torch.zeros(repeats, dtype=torch.float64)
     for repeat in ranks.share(range(repeats), "evaluating"):
-        network = draw_network(config, repeat, distilled.images.device)
+        network = build_network(config, repeat).to(distilled.images.device)
         train_with_bar(f"network {repeat}", network, distilled, recipe, random_stream(repeat, "evaluate"))
         accuracies[repeat] = evaluate(network, test).accuracy
     return ranks.sum_over_ranks_(accuracies).tolist()

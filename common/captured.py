@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .errors import first_line
 from .streams import global_generators_kept
 
 WARM_UP = 3  # steps before a capture, in which cuDNN chooses its ways and libraries take their memory
@@ -110,8 +111,7 @@ class Captured:
         except torch.OutOfMemoryError:
             raise  # without a graph it would not be enough either, or soon no more
         except Exception as error:  # the forward of somebody's network may do anything
-            reason = (str(error) or type(error).__name__).splitlines()[0][:150]
-            print(f"training: no CUDA graph, so slower: {reason}", file=sys.stderr)
+            print(f"training: no CUDA graph, so slower: {first_line(error)}", file=sys.stderr)
             self.graphs = None
 
 

@@ -11,6 +11,7 @@ from common import files
 from common.data import DATASETS, Split, load_real
 from common.distilled import decode_tiles, load_distilled
 from common.errors import UserError
+from common.networks import build_network
 from common.streams import random_stream
 
 DIGITS = {"dataset": "digits", "ipc": 2, "factor": 2, "seed": 3, "augment": "dsa", "cutmix": .5}
@@ -107,7 +108,7 @@ def test_embedding_matching_is_the_squared_distance_of_means():
 def test_a_small_step_lowers_the_loss_by_what_its_gradient_says(method):
     real, config = digits(method)
     run, members = begin(real, config), distill.class_members(real, config)
-    network = distill.draw_network(config, 0, "cpu")
+    network = build_network(config, 0)
 
     def loss():
         return distill.match(network, run.images, real, members, config, random_stream("one draw"))
@@ -120,7 +121,7 @@ def test_a_small_step_lowers_the_loss_by_what_its_gradient_says(method):
 
 def test_average_pooling_replaces_every_stride():
     config = {"model": "resnet10ap", "norm": "instance", "channels": 3, "image_size": 96, "num_classes": 4, "width": 4}
-    network = distill.draw_network(config, 0, "cpu")
+    network = build_network(config, 0)
     assert all(m.stride == (1, 1) for m in network.modules() if isinstance(m, nn.Conv2d))
     assert not any(isinstance(m, nn.MaxPool2d) for m in network.modules())
     assert network(torch.zeros(2, 3, 96, 96)).shape == (2, 4)
