@@ -103,10 +103,11 @@ def test_memory_bound_kernels_move_16_bytes_at_a_time(instances):
 
 @pytest.fixture(scope="module")
 def extension():
-    """The extension that setup.py built with its CUDA half, which loads without a GPU."""
+    """The extension that setup.py built: where there is an nvcc with its CUDA half, which loads without a GPU."""
     found = build.prebuilt()
-    if found is None or not found.cuda:
-        pytest.skip("needs an nvcc for python setup.py build_ext --inplace")
+    if found is None or os.environ.get("FORCE_CUDA") == "0" or torch.version.cuda is None:
+        pytest.skip("needs python setup.py build_ext --inplace")
+    assert found.cuda
     return found
 
 
